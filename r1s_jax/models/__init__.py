@@ -1,0 +1,1 @@
+"""The networks: the decoder policy and its Hugging Face form."""

@@ -1,0 +1,44 @@
+"""Attention in plain jnp: the reference for every platform, and the CPU's own path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+# Finite, so that a row with nothing to attend to gives an average and not NaN.
+MASKED = -1e30
+
+
+def attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKh: Float[Array, "B S K h"],
+    mask_BTS: Bool[Array, "#B T S"],
+) -> Float[Array, "B T H h"]:
+    """Grouped-query attention; softmax in f32. `mask` is True where a query may look."""
+    rows, length, heads, width = q_BTHh.shape
+    groups = k_BSKh.shape[2]
+    q = q_BTHh.reshape(rows, length, groups, heads // groups, width) * width**-0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKh.dtype), v_BSKh)
+    mixed = mixed / jnp.moveaxis(total, 3, 1)[..., None].astype(mixed.dtype)
+    return mixed.reshape(rows, length, heads, width)
+
+
+def causal_mask(length: int) -> Bool[Array, "1 T T"]:
+    """True on and below the diagonal."""
+    return jnp.tril(jnp.ones((length, length), bool))[None]
+
+
+def prefix_mask(
+    lengths_B: Int[Array, " B"], queries: int, capacity: int
+) -> Bool[Array, "B queries S"]:
+    """Each of a row's queries sees the first `lengths_B[b]` of `capacity` cached positions."""
+    seen = jnp.arange(capacity)[None, None] < lengths_B[:, None, None]
+    return jnp.broadcast_to(seen, (lengths_B.shape[0], queries, capacity))

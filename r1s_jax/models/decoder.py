@@ -1,0 +1,190 @@
+"""The decoder policy (Qwen2 and Llama architectures) as a Flax nnx module.
+
+One module serves all programs. It knows nothing of caches: every attention layer hands its
+rotated queries, keys and values to an `attend` callback, and the caller (learner, prefill,
+extend, decode) decides what is attended to. Layers are stacked along a leading axis L, so a
+checkpoint has one key table whether layers are unrolled or scanned.
+
+Each parameter is declared once: shape, logical axes, initialiser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+Params = dict[str, Any]
+# (layer index, q [B T H h], k [B T K h], v [B T K h]) -> attended values [B T H h]
+Attend = Callable[[int, Array, Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder, in the field names of Hugging Face's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # bias of the q, k and v projections (Qwen2: yes, Llama: no)
+    max_position_embeddings: int = 32_768
+
+
+class Layers(nnx.Module):
+    """The parameters of all layers, stacked: every array begins with the axis L."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        c, layers = config, config.num_hidden_layers
+        q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+        def kernel(fan_in: int, fan_out: int, axes: tuple[str, str]) -> nnx.Param:
+            init = nnx.initializers.normal(fan_in**-0.5)
+            value = init(rngs.params(), (layers, fan_in, fan_out), dtype)
+            return nnx.Param(value, axes=("layers", *axes))
+
+        def vector(width: int, axis: str, value: float) -> nnx.Param:
+            return nnx.Param(jnp.full((layers, width), value, dtype), axes=("layers", axis))
+
+        self.input_norm = vector(c.hidden_size, "norm", 1.0)
+        self.q_kernel = kernel(c.hidden_size, q_width, ("embed", "heads"))
+        self.k_kernel = kernel(c.hidden_size, kv_width, ("embed", "kv_heads"))
+        self.v_kernel = kernel(c.hidden_size, kv_width, ("embed", "kv_heads"))
+        self.o_kernel = kernel(q_width, c.hidden_size, ("heads", "embed"))
+        if c.attention_bias:
+            self.q_bias = vector(q_width, "heads", 0.0)
+            self.k_bias = vector(kv_width, "kv_heads", 0.0)
+            self.v_bias = vector(kv_width, "kv_heads", 0.0)
+        self.mlp_norm = vector(c.hidden_size, "norm", 1.0)
+        self.gate_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
+        self.up_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
+        self.down_kernel = kernel(c.intermediate_size, c.hidden_size, ("ffn", "embed"))
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states; `unembed` turns those into logits."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        vocab_shape = (config.vocab_size, config.hidden_size)
+        init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(init(rngs.params(), vocab_shape, dtype), axes=("vocab", "embed"))
+        self.layers = Layers(config, rngs=rngs, dtype=dtype)
+        self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype), axes=("norm",))
+        if not config.tie_word_embeddings:
+            value = init(rngs.params(), vocab_shape, dtype)
+            self.lm_head = nnx.Param(value, axes=("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        attend: Attend,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Runs all layers. `attend(layer, q, k, v)` is called once per layer, in order.
+
+        With `remat` a layer's activations are recomputed in the backward pass.
+        """
+        stacked: Params = nnx.to_pure_dict(nnx.state(self.layers))
+        cos, sin = rope_table(positions_BT, self.config.head_dim, self.config.rope_theta)
+        x = self.embedding[...][tokens_BT]
+        for index in range(self.config.num_hidden_layers):
+            params = jax.tree.map(lambda p, index=index: p[index], stacked)
+
+            def run(x: Array, params: Params, index: int = index) -> Array:
+                return layer(self.config, params, x, cos, sin, lambda *qkv: attend(index, *qkv))
+
+            x = (jax.checkpoint(run) if remat else run)(x, params)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+
+    def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits, in f32."""
+        table = self.embedding if self.config.tie_word_embeddings else self.lm_head
+        return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+
+
+def layer(
+    config: DecoderConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    cos: Float[Array, "B T 1 half"],
+    sin: Float[Array, "B T 1 half"],
+    attend: Callable[[Array, Array, Array], Array],
+) -> Float[Array, "B T D"]:
+    """One pre-norm block: attention, then a gated feed-forward network."""
+    rows, length, _ = x_BTD.shape
+    normed = rms_norm(x_BTD, params["input_norm"], config.rms_norm_eps)
+    q, k, v = (normed @ params[f"{n}_kernel"] for n in "qkv")
+    if config.attention_bias:
+        q, k, v = q + params["q_bias"], k + params["k_bias"], v + params["v_bias"]
+    q = q.reshape(rows, length, config.num_attention_heads, config.head_dim)
+    k = k.reshape(rows, length, config.num_key_value_heads, config.head_dim)
+    v = v.reshape(rows, length, config.num_key_value_heads, config.head_dim)
+    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    x_BTD = x_BTD + mixed.reshape(rows, length, -1) @ params["o_kernel"]
+    normed = rms_norm(x_BTD, params["mlp_norm"], config.rms_norm_eps)
+    gated = jax.nn.silu(normed @ params["gate_kernel"]) * (normed @ params["up_kernel"])
+    return x_BTD + gated @ params["down_kernel"]
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """Root-mean-square norm (Zhang & Sennrich 2019), statistics in f32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale
+
+
+def rope_table(
+    positions_BT: Int[Array, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosines and sines of the rotary angles (Su et al. 2021), f32, broadcast over heads."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * theta**-exponents
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T N h"],
+    cos: Float[Array, "B T 1 half"],
+    sin: Float[Array, "B T 1 half"],
+) -> Float[Array, "B T N h"]:
+    """Rotates the two halves of each head (the layout of Hugging Face's checkpoints)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def init_params(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random parameters as a nested dict of arrays."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype)))
+
+
+def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
+    """Returns (ShapeDtypeStructs, logical axes), two trees of the same form, without allocating."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    state = nnx.state(model).to_pure_dict()
+    axes = jax.tree.map(lambda p: p.get_metadata("axes"), nnx.state(model), is_leaf=is_param)
+    return state, nnx.to_pure_dict(axes)
+
+
+def bind(config: DecoderConfig, params: Params) -> Decoder:
+    """The module over these parameters; cheap, meant to be called inside jitted functions."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)

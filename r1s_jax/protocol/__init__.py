@@ -1,0 +1,1 @@
+"""How policy and search engine speak: tags, prompts, tokenizer, observations and their parser."""

@@ -1,0 +1,1 @@
+"""Finding passages: the interface, a light embedder, the dense index and control wrappers."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: answers are scored, rewards become advantages, batches and a loss."""

@@ -1,0 +1,194 @@
+"""Rewards of a whole rollout -> advantages (host, float64 inside, float32 out; pure functions).
+
+An estimator is two choices: what a group of samples of one question does to its rewards, and
+whether the result is whitened over the batch.
+
+    reinforce_plus_plus_baseline   r - mean_g, whitened             (the paper's; 2501.03262)
+    grpo                           (r - mean_g) / (std_g + 1e-9)    (unbiased std; 2402.03300)
+
+The reward sits on the last token and gamma = 1, so the return-to-go is the same number on every
+token of an episode: the advantage is one scalar per episode, broadcast by the loss over its
+sampled tokens. Whitening is over *tokens*: an episode counts as often as it has sampled tokens.
+It is over the whole rollout batch, so the caller passes all episodes of all hosts at once.
+
+A KL penalty (k1, off by default) is part of the reward: -beta * (log pi_old - log pi_ref) on each
+sampled token. Its return-to-go differs from token to token, so it enters between the group
+baseline and the whitening and makes the advantages token-wise: `token_advantages`.
+
+Conventions and departures from the released code:
+  - rewards are clamped to +-10 before the group baseline;
+  - sigma of the whitening is the population one over tokens, sqrt(max(variance, 1e-8));
+  - `drop_zero_variance` (off = faithful) gives groups whose rewards are all equal the advantage 0
+    and leaves them out of the whitening statistics; without it whitening moves them by -mu/sigma.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from r1s_jax.types import UserError
+
+REWARD_CLAMP = 10.0
+MINIMUM_VARIANCE = 1e-8
+STANDARD_DEVIATION_EPSILON = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """How the rewards of a group [G] become advantages, and whether the batch is whitened."""
+
+    of_group: Callable[[np.ndarray], np.ndarray]
+    whitened: bool
+
+
+def _minus_mean(rewards_G: np.ndarray) -> np.ndarray:
+    return rewards_G - rewards_G.mean()
+
+
+def _standardised(rewards_G: np.ndarray) -> np.ndarray:
+    deviation = rewards_G.std(ddof=1) + STANDARD_DEVIATION_EPSILON
+    return (rewards_G - rewards_G.mean()) / deviation
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "reinforce_plus_plus_baseline": Estimator(of_group=_minus_mean, whitened=True),
+    "grpo": Estimator(of_group=_standardised, whitened=False),
+}
+
+
+def estimator_by_name(name: str) -> Estimator:
+    """The estimator called `name`; UserError listing the names if there is none."""
+    if name not in ESTIMATORS:
+        raise UserError(f"estimator = {name!r}: unknown, choose one of {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]
+
+
+def check_group_size(samples_per_question: int, estimator: str) -> None:
+    """Refuse at start a group too small for a group baseline (UserError, one line)."""
+    estimator_by_name(estimator)
+    if samples_per_question < 2:
+        raise UserError(
+            f"samples_per_question = {samples_per_question}, but estimator = {estimator!r} "
+            "compares the samples of one question and needs at least 2"
+        )
+
+
+def advantages(
+    rewards_N: Float[np.ndarray, " N"],
+    group_ids_N: Int[np.ndarray, " N"],
+    token_counts_N: Int[np.ndarray, " N"],
+    *,
+    estimator: str,
+    drop_zero_variance: bool = False,
+) -> Float[np.ndarray, " N"]:
+    """Advantage of each episode, to be broadcast over its sampled tokens (float32).
+
+    `group_ids_N` are equal for samples of the same question and attempt, in any order;
+    `token_counts_N` are the numbers of sampled tokens. An empty rollout gives an empty array.
+
+    Raises UserError for an unknown estimator, ValueError for arrays of different lengths, a
+    reward that is not finite, or a group of fewer than two episodes.
+    """
+    chosen = estimator_by_name(estimator)
+    counts_N = np.asarray(token_counts_N, np.float64)
+    grouped_N, alive_N = _group_advantages(rewards_N, group_ids_N, chosen, drop_zero_variance)
+    if counts_N.shape != grouped_N.shape:
+        raise ValueError(f"{grouped_N.shape} rewards_N but {counts_N.shape} token_counts_N")
+    if chosen.whitened:
+        grouped_N = _whiten(grouped_N, counts_N * alive_N)
+    return np.where(alive_N, grouped_N, 0.0).astype(np.float32)
+
+
+def token_advantages(
+    rewards_N: Float[np.ndarray, " N"],
+    group_ids_N: Int[np.ndarray, " N"],
+    mask_NT: Bool[np.ndarray, "N T"],
+    old_logprobs_NT: Float[np.ndarray, "N T"],
+    ref_logprobs_NT: Float[np.ndarray, "N T"],
+    *,
+    kl_coefficient: float,
+    estimator: str,
+    drop_zero_variance: bool = False,
+) -> Float[np.ndarray, "N T"]:
+    """Token-wise advantages with the KL penalty in the reward (float32, 0 off the mask).
+
+    `mask_NT` is True on sampled tokens; all arrays have the same alignment. With a coefficient
+    of 0 the result is `advantages` broadcast over the mask; callers then skip this function and
+    never evaluate the reference. Raises as `advantages`, and ValueError for shapes that differ
+    or a negative coefficient.
+    """
+    chosen = estimator_by_name(estimator)
+    if kl_coefficient < 0.0:
+        raise ValueError(f"kl_coefficient = {kl_coefficient}, expected at least 0")
+    grouped_N, alive_N = _group_advantages(rewards_N, group_ids_N, chosen, drop_zero_variance)
+    mask_NT = np.asarray(mask_NT, bool)
+    if len(mask_NT) != len(grouped_N):
+        raise ValueError(f"{len(grouped_N)} rewards but {len(mask_NT)} rows of tokens")
+    penalty_NT = kl_returns(old_logprobs_NT, ref_logprobs_NT, mask_NT, kl_coefficient)
+    returns_NT = grouped_N[:, None] + penalty_NT
+    alive_NT = mask_NT & alive_N[:, None]
+    if chosen.whitened:
+        returns_NT = _whiten(returns_NT, alive_NT.astype(np.float64))
+    return np.where(alive_NT, returns_NT, 0.0).astype(np.float32)
+
+
+def kl_returns(
+    old_logprobs_NT: Float[np.ndarray, "N T"],
+    ref_logprobs_NT: Float[np.ndarray, "N T"],
+    mask_NT: Bool[np.ndarray, "N T"],
+    kl_coefficient: float,
+) -> Float[np.ndarray, "N T"]:
+    """Return-to-go (gamma = 1) of the reward -beta * k1, k1 = log pi_old - log pi_ref.
+
+    Tokens off the mask (prompt, documents, padding) earn nothing; a token's return holds its own
+    penalty and those of all sampled tokens after it, across documents in between. Float64.
+    """
+    shapes = np.shape(old_logprobs_NT), np.shape(ref_logprobs_NT), np.shape(mask_NT)
+    if len(set(shapes)) != 1:
+        raise ValueError(f"old log-probs, reference log-probs and mask have shapes {shapes}")
+    # Off the mask the two may hold anything, infinities included: choose before subtracting.
+    old_NT = np.where(mask_NT, old_logprobs_NT, 0.0).astype(np.float64)
+    ref_NT = np.where(mask_NT, ref_logprobs_NT, 0.0).astype(np.float64)
+    penalty_NT = -kl_coefficient * (old_NT - ref_NT)
+    return np.cumsum(penalty_NT[:, ::-1], axis=1)[:, ::-1]
+
+
+def _group_advantages(
+    rewards_N: np.ndarray, group_ids_N: np.ndarray, chosen: Estimator, drop_zero_variance: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(what the groups make of the clamped rewards, whether an episode counts), both [N]."""
+    rewards_N = np.asarray(rewards_N, np.float64)
+    group_ids_N = np.asarray(group_ids_N)
+    if rewards_N.shape != group_ids_N.shape:
+        raise ValueError(f"{rewards_N.shape} rewards_N but {group_ids_N.shape} group_ids_N")
+    if not np.isfinite(rewards_N).all():
+        raise ValueError(f"reward {rewards_N[~np.isfinite(rewards_N)][0]} is not finite")
+    rewards_N = np.clip(rewards_N, -REWARD_CLAMP, REWARD_CLAMP)
+    grouped_N = np.zeros_like(rewards_N)
+    alive_N = np.ones(rewards_N.shape, bool)
+    for group_id in np.unique(group_ids_N):
+        members = group_ids_N == group_id
+        size = int(members.sum())
+        if size < 2:
+            raise ValueError(f"group {group_id} has {size} episode, a group baseline needs 2")
+        rewards_G = rewards_N[members]
+        if rewards_G.min() == rewards_G.max():
+            # Exactly 0: the rounded mean of equal numbers need not equal them.
+            alive_N[members] = not drop_zero_variance
+        else:
+            grouped_N[members] = chosen.of_group(rewards_G)
+    return grouped_N, alive_N
+
+
+def _whiten(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(values - mu) / sigma with weighted population statistics; all zeros without weight."""
+    total = weights.sum()
+    if total == 0.0:
+        return np.zeros_like(values)
+    mean = (weights * values).sum() / total
+    variance = (weights * (values - mean) ** 2).sum() / total
+    return (values - mean) / np.sqrt(max(variance, MINIMUM_VARIANCE))

@@ -1,0 +1,1 @@
+"""Episodes and the loop that carries them between engine and retriever."""

@@ -1,0 +1,181 @@
+"""Checkpoints of a run: every array and every counter in one atomic step folder.
+
+Orbax writes in the background into a folder of another name and renames it when all is
+written, so a killed run leaves no half-read step. Its default OCDBT format is kept because it
+was the lightest in every respect on two CPU cores (180 arrays, 24 MB): 0.04 s until `save`
+returns, 0.2 s until the files stand, 37 files; one folder per array took 0.3 s and 736 files,
+and with arrays split over 8 devices 1.5 s and 3,256 files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from r1s_jax.types import UserError
+
+_ARRAYS, _HOST = "arrays", "host"
+
+
+class Checkpointer:
+    """Saves and restores a pytree of jax Arrays together with a JSON-able dict.
+
+    `read_only` is for readers beside a running writer: nothing is created or tidied up.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+        if keep < 1:
+            raise ValueError(f"at least one checkpoint has to be kept, got keep={keep}")
+        # Orbax reports each phase of each save; what matters arrives here as an exception.
+        logging.set_verbosity(logging.ERROR)
+        self.directory = epath.Path(directory)
+        if read_only and not self.directory.exists():
+            raise UserError(f"{self.directory}: no such checkpoint directory")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                _ARRAYS: ocp.PyTreeCheckpointHandler(),
+                _HOST: ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+
+    def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
+        """Begins to write step `step`; the arrays may be donated as soon as this returns.
+
+        A save still under way is waited for first, and its errors are raised here.
+
+        Raises:
+            ValueError: the step is not later than the last one saved.
+        """
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(f"{self.directory}: step {step} is not after step {latest}")
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.PyTreeSave(arrays),
+                host=ocp.args.JsonSave({"arrays": _describe(arrays), "host": host}),
+            ),
+            force=True,
+        )
+
+    def latest_step(self) -> int | None:
+        """The last step that is completely written (or being written by this object)."""
+        return self._manager.latest_step()
+
+    def read_host(self, step: int | None = None) -> dict[str, Any]:
+        """The JSON-able half of a checkpoint alone, to look at before restoring."""
+        return self._read_json(self._existing(step))["host"]
+
+    def require(self, expected: dict[str, Any], step: int | None = None) -> None:
+        """Checks values that may not change in a run, nested dicts compared field by field.
+
+        Raises:
+            UserError: naming the checkpoint, the first differing field and both values.
+        """
+        step = self._existing(step)
+        found = _flat(self.read_host(step))
+        for field, value in _flat(expected).items():
+            if field not in found or found[field] != value:
+                raise UserError(
+                    f"{self.directory / str(step)}: {field} is {found.get(field, 'absent')!r}"
+                    f" in the checkpoint and {value!r} in this run"
+                )
+
+    def restore(
+        self, abstract_arrays: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Restores (step, arrays, host), by default of the last step.
+
+        `abstract_arrays` is the tree of ShapeDtypeStructs, with shardings, that is wanted; the
+        arrays are placed as it says, whatever mesh they were saved from.
+
+        Raises:
+            UserError: there is no such step, or its arrays differ in path, shape or dtype.
+        """
+        step = self._existing(step)
+        stored = self._read_json(step)
+        _compare(self.directory / str(step), stored["arrays"], _describe(abstract_arrays))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.PyTreeRestore(
+                    abstract_arrays,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_arrays),
+                )
+            ),
+        )
+        return step, restored[_ARRAYS], stored["host"]
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_json(self, step: int) -> dict[str, Any]:
+        self.wait()
+        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))[
+            _HOST
+        ]
+
+    def _existing(self, step: int | None) -> int:
+        self.wait()
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise UserError(f"{self.directory}: holds no checkpoint")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"{self.directory}: holds no step {step}, only {steps}")
+        return step
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Path -> "float32[2,3]" of each leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in leaves
+    }
+
+
+def _compare(where: epath.Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
+    # The shortest path first: a parameter says more than its copies in the optimiser.
+    for path in sorted({**wanted, **stored}, key=lambda path: (path.count("."), path)):
+        if stored.get(path) != wanted.get(path):
+            raise UserError(
+                f"{where}: {path} is {stored.get(path, 'absent')} in the checkpoint"
+                f" and {wanted.get(path, 'absent')} in this run"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            # JSON knows no tuples.
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,177 @@
+"""Pre-training of the tiny base policy: tokenizer, then plain next-token loss, then export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jaxtyping import Float, Int
+
+from r1s_jax.models.decoder import DecoderConfig, Params, init_params
+from r1s_jax.models.logprobs import token_logprobs
+from r1s_jax.protocol.tokenizer import Tokenizer
+from r1s_jax.types import Segment
+
+END_OF_TEXT = "<|endoftext|>"
+CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+
+# Runs of letters (with one sign before them), single digits, runs of signs, white space: the
+# classes of the byte-level tokenizers that the protocol's tags meet in practice.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One optimizer step is `transcripts` transcripts, sorted by length into micro-batches."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    tokenizer_transcripts: int = 20_000
+    transcripts: int = 64
+    rows: int = 8
+    length_buckets: tuple[int, ...] = (40, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384)
+    steps: int = 2000
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return DecoderConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            max_position_embeddings=2048,
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE tokenizer and writes it as a Hugging Face folder."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def encode_transcript(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
+    """Each segment is tokenised by itself, as in a rollout; the end-of-text token closes it."""
+    ids = [i for segment in segments for i in tokenizer.encode(segment.text)]
+    return [*ids, tokenizer.eos_ids[0]]
+
+
+def micro_batches(
+    config: PretrainConfig, transcripts: Sequence[Sequence[int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (tokens [rows, T], lengths [rows]), longest first, each padded to its own bucket."""
+    ordered = sorted(transcripts, key=len, reverse=True)
+    for start in range(0, len(ordered), config.rows):
+        rows = ordered[start : start + config.rows]
+        longest = config.length_buckets[-1]
+        bucket = min(b for b in config.length_buckets if b >= min(len(rows[0]), longest))
+        tokens = np.zeros((config.rows, bucket), np.int32)
+        lengths = np.zeros(config.rows, np.int32)
+        for row, ids in enumerate(rows):
+            lengths[row] = min(len(ids), bucket)
+            tokens[row, : lengths[row]] = ids[:bucket]
+        yield tokens, lengths
+
+
+def next_token_loss(
+    model: DecoderConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, " B"],
+    total: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Sum of −log p over the real tokens after the first, over `total`."""
+    logprobs_BT, _ = token_logprobs(model, params, tokens_BT)
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+    return -(logprobs_BT * real_BT).sum() / total
+
+
+def pretrain(
+    config: PretrainConfig,
+    transcripts: Callable[[], Sequence[int]],
+    report: Callable[[int, dict[str, float]], None],
+    *,
+    every: int = 50,
+) -> Params:
+    """Trains from scratch; `transcripts()` draws the next token list. Returns the parameters."""
+    model = config.decoder
+    params = init_params(model, config.seed)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.learning_rate * 0.02
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay),
+    )
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def accumulate(grads: Params, loss: Array, params: Params, *batch: Any) -> tuple[Params, Array]:
+        value, new = jax.value_and_grad(lambda p: next_token_loss(model, p, *batch))(params)
+        return jax.tree.map(jnp.add, grads, new), loss + value
+
+    @jax.jit
+    def update(params: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state  # type: ignore[return-value]
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    start, losses = time.perf_counter(), []
+    for step in range(1, config.steps + 1):
+        batches = list(micro_batches(config, [transcripts() for _ in range(config.transcripts)]))
+        total = np.float32(sum(lengths.sum() - (lengths > 0).sum() for _, lengths in batches))
+        grads, loss = zeros, jnp.float32(0.0)
+        for tokens, lengths in batches:
+            grads, loss = accumulate(grads, loss, params, tokens, lengths, total)
+        params, opt_state = update(params, opt_state, grads)
+        losses.append(loss)
+        if step % every == 0 or step == config.steps:
+            seconds = (time.perf_counter() - start) / step
+            report(step, {"loss": float(np.mean(losses)), "seconds_per_step": seconds})
+            losses = []
+    return params

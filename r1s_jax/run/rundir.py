@@ -1,0 +1,112 @@
+"""The run directory: its layout, and the check that a resumed run is the run it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from r1s_jax.run.metrics import METRICS, write_text_atomic
+from r1s_jax.types import UserError
+
+CONFIG = "config.gin"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunDir:
+    """Where everything of a run lies; `resumed` says whether it was there before."""
+
+    path: epath.Path
+    resumed: bool
+
+    @property
+    def config(self) -> epath.Path:
+        """The resolved configuration."""
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> epath.Path:
+        """One row per step."""
+        return self.path / METRICS
+
+    @property
+    def tensorboard(self) -> epath.Path:
+        """Event files, a folder per stage."""
+        return self.path / "tensorboard"
+
+    @property
+    def trajectories(self) -> epath.Path:
+        """Sampled trajectories, a file per step."""
+        return self.path / "trajectories"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Orbax's folder."""
+        return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> epath.Path:
+        """The export."""
+        return self.path / "hf"
+
+    @property
+    def summary(self) -> epath.Path:
+        """The figures at the end."""
+        return self.path / "summary.json"
+
+
+def open_run_dir(path: epath.PathLike, config_text: str) -> RunDir:
+    """Makes a run directory, or opens that of an interrupted run of the same configuration.
+
+    Raises:
+        UserError: it belongs to another configuration, or to something else; nothing in it is
+            touched.
+    """
+    run = RunDir(path=epath.Path(path), resumed=(epath.Path(path) / CONFIG).exists())
+    if run.resumed:
+        _same_config(run.config, config_text)
+    elif run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{run.path}: is a file, not a run directory")
+    elif run.path.exists():
+        strangers = sorted(child.name for child in run.path.iterdir() if child.name[0] != ".")
+        if strangers:
+            raise UserError(
+                f"{run.path}: not empty and no run directory: has {strangers[0]}, lacks {CONFIG}"
+            )
+    for folder in (run.tensorboard, run.trajectories, run.checkpoints, run.hf):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not run.resumed:
+        write_text_atomic(run.config, config_text)
+    return run
+
+
+def write_json_atomic(path: epath.PathLike, value: Any) -> None:
+    """Replaces a JSON file at once; refuses NaN and infinities, which JSON has not.
+
+    Raises:
+        ValueError: the value holds one of them.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(path, f"{text}\n")
+
+
+def _same_config(file: epath.Path, text: str) -> None:
+    stored, wanted = _bindings(file.read_text()), _bindings(text)
+    for name in sorted({**stored, **wanted}):
+        if stored.get(name) != wanted.get(name):
+            raise UserError(
+                f"{file}: {name} is {stored.get(name, 'not set')} in this run directory"
+                f" and {wanted.get(name, 'not set')} now; choose another --run_dir"
+            )
+
+
+def _bindings(text: str) -> dict[str, str]:
+    """`name = value` of each line; other lines, such as imports, count as names."""
+    found = {}
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, equals, value = line.partition(" = ")
+            found[name] = value if equals else "set"
+    return found

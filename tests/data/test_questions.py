@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from r1s_jax.data.questions import read_questions, write_questions
+from r1s_jax.types import Question, UserError
+
+
+def _file(tmp_path, *lines):
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def test_reads_the_forms_a_row_may_have(tmp_path):
+    path = _file(
+        tmp_path,
+        {"id": "a", "question": "Who?", "answer": "Ada"},
+        "",
+        {"idx": 7, "question": "When?", "answer": ["1815", "in 1815"], "level": "easy"},
+        {"question": "W\u2028here?", "answer": "X", "answers": ["X", "Y"], "kind": "place"},
+        {"id": 9, "question": "Q", "answers": ["Z"], "gold_documents": ["city:1"]},
+    )
+    assert read_questions(path) == [
+        Question(id="a", text="Who?", answers=("Ada",)),
+        Question(id="7", text="When?", answers=("1815", "in 1815")),
+        Question(id="4", text="W\u2028here?", answers=("X", "Y"), kind="place"),
+        Question(id="9", text="Q", answers=("Z",), gold_documents=("city:1",)),
+    ]
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    questions = [
+        Question(id="ø", text="Hvor?\n", answers=("Oslo", "Christiania"), kind="capital"),
+        Question(id="2", text="b", answers=("c",), gold_documents=("x", "y")),
+    ]
+    write_questions(tmp_path / "q.jsonl", questions)
+    assert read_questions(tmp_path / "q.jsonl") == questions
+
+
+GOOD = {"id": "a", "question": "Who?", "answer": "Ada"}
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ('{"id": "b", "question": ', "not a line of JSON"),
+        ("[1]", "must be a JSON object"),
+        ({"id": "b", "answer": "x"}, '"question" is missing'),
+        ({"id": "b", "question": " ", "answer": "x"}, '"question" must be'),
+        ({"id": "b", "question": 3, "answer": "x"}, '"question" must be'),
+        ({"id": "b", "question": "Q"}, '"answer" is missing'),
+        ({"id": "b", "question": "Q", "answer": []}, '"answer" is empty'),
+        ({"id": "b", "question": "Q", "answer": ""}, '"answer" holds'),
+        ({"id": "b", "question": "Q", "answer": ["x", None]}, '"answer" holds None'),
+        ({"id": "b", "question": "Q", "answer": "x", "kind": 1}, '"kind"'),
+        ({"id": "b", "question": "Q", "answer": "x", "gold_documents": [1]}, '"gold_documents"'),
+        ({"id": None, "question": "Q", "answer": "x"}, '"id" must be'),
+        ({**GOOD, "question": "Again?"}, "'a' was already used on line 1"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_line_and_field(tmp_path, line, field):
+    path = _file(tmp_path, GOOD, line)
+    with pytest.raises(UserError) as error:
+        read_questions(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:2: ") and field in message and "\n" not in message
+
+
+def test_a_missing_or_empty_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such question file"):
+        read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="holds no questions"):
+        read_questions(_file(tmp_path, ""))

@@ -1,0 +1,160 @@
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from r1s_jax.retrieval import index as index_module
+from r1s_jax.retrieval.embed import TfidfSvdConfig
+from r1s_jax.retrieval.index import DenseIndex, load_or_build
+from r1s_jax.retrieval.interface import Retriever
+from r1s_jax.types import Document, UserError
+
+
+class HashEmbedder:
+    """Words to fixed random directions: enough to search with, nothing to fit."""
+
+    def __init__(self, name="one", dim=16):
+        self.fingerprint, self.dim = name, dim
+
+    def embed(self, texts):
+        rows = [np.zeros(self.dim, np.float32)] + [self._row(t) for t in texts]
+        return np.stack(rows)[1:]
+
+    def _row(self, text):
+        seeds = [hashlib.blake2b(w.encode(), digest_size=4).digest() for w in text.split()]
+        row = sum(
+            np.random.default_rng(int.from_bytes(s, "big")).normal(size=self.dim) for s in seeds
+        )
+        return np.asarray(row / np.linalg.norm(row), np.float32)
+
+
+def _documents(count):
+    return [
+        Document(id=f"city:{i}", title=f"t{i}", text=f"w{i} w{i % 7}\u2028é") for i in range(count)
+    ]
+
+
+@pytest.fixture(params=["scann", "numpy"])
+def engine(request, monkeypatch):
+    """Both searches; the numpy one is made to stand in as where ScaNN is not installed."""
+    index_module._scann.cache_clear()
+    if request.param == "numpy":
+        monkeypatch.setitem(sys.modules, "scann", None)
+        with pytest.warns(UserWarning, match="numpy search stands in"):
+            assert index_module._scann() is None
+    else:
+        pytest.importorskip("scann")
+    yield request.param
+    index_module._scann.cache_clear()
+
+
+def _expected(documents, embedder, query, k, title_weight):
+    """Float64, one passage at a time."""
+    q = embedder.embed([query])[0].astype(np.float64)
+    scored = []
+    for d in documents:
+        v = title_weight * embedder.embed([d.title])[0].astype(np.float64)
+        v = v + embedder.embed([d.text])[0]
+        scored.append((-(v @ q) / np.linalg.norm(v), d.id))
+    return [i for _, i in sorted(scored)[:k]]
+
+
+def test_search_is_brute_force(engine):
+    documents, embedder = _documents(60), HashEmbedder()
+    index = DenseIndex.build(documents, embedder, corpus_hash="h", title_weight=2.0)
+    assert isinstance(index, Retriever)
+    queries = [f"w{i} t{i + 1}" for i in range(20)]
+    for query, found in zip(queries, index.search(queries, 4), strict=True):
+        assert [d.id for d in found] == _expected(documents, embedder, query, 4, 2.0)
+        assert index.search([query], 4) == [found]
+
+
+def test_k_is_bounded_and_an_empty_batch_is_answered(engine):
+    index = DenseIndex.build(_documents(3), HashEmbedder(), corpus_hash="h")
+    assert [len(found) for found in index.search(["t1", "w0"], 9)] == [3, 3]
+    assert index.search([], 2) == []
+    with pytest.raises(ValueError, match="k is 0"):
+        index.search(["t1"], 0)
+    with pytest.raises(ValueError, match="got 0"):
+        DenseIndex.build([], HashEmbedder(), corpus_hash="h")
+
+
+def test_saved_and_loaded_answers_alike(engine, tmp_path):
+    index = DenseIndex.build(_documents(40), HashEmbedder(), corpus_hash="h")
+    index.save(tmp_path / "index")
+    loaded = DenseIndex.load(tmp_path / "index", HashEmbedder(), corpus_hash="h")
+    assert loaded.documents == index.documents and loaded.corpus_hash == "h"
+    queries = [f"t{i}" for i in range(40)]
+    assert loaded.search(queries, 5) == index.search(queries, 5)
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert (manifest["count"], manifest["dim"], manifest["embedder"]) == (40, 16, "one")
+    assert (manifest["scann"] is None) == (engine == "numpy")
+    with pytest.raises(UserError, match="already exists"):
+        index.save(tmp_path / "index")
+
+
+def test_a_tree_is_saved_with_the_index_and_survives_a_move(tmp_path):
+    pytest.importorskip("scann")
+    index = DenseIndex.build(
+        _documents(400), HashEmbedder(), corpus_hash="h", brute_force_limit=100
+    )
+    index.save(tmp_path / "a")
+    assert (tmp_path / "a" / "scann").is_dir()
+    (tmp_path / "a").rename(tmp_path / "b")
+    loaded = DenseIndex.load(tmp_path / "b", HashEmbedder(), brute_force_limit=100)
+    queries = [f"t{i}" for i in range(50)]
+    found = loaded.search(queries, 3)
+    assert found == index.search(queries, 3)
+    assert sum(d.title == q for q, f in zip(queries, found, strict=True) for d in f) >= 25
+
+
+@pytest.mark.parametrize(
+    ("embedder", "corpus_hash", "values"),
+    [
+        (HashEmbedder("two"), "h", ('"embedder"', "'one'", "'two'")),
+        (HashEmbedder(dim=8), "h", ('"dim"', "16", "8")),
+        (HashEmbedder(), "other", ('"corpus_hash"', "'h'", "'other'")),
+    ],
+)
+def test_an_index_built_otherwise_is_refused(tmp_path, embedder, corpus_hash, values):
+    DenseIndex.build(_documents(5), HashEmbedder(), corpus_hash="h").save(tmp_path / "i")
+    with pytest.raises(UserError) as error:
+        DenseIndex.load(tmp_path / "i", embedder, corpus_hash=corpus_hash)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'i' / 'manifest.json'}: ") and "\n" not in message
+    assert all(v in message for v in values)
+
+
+def test_a_cut_off_index_is_refused(tmp_path):
+    path = tmp_path / "i"
+    with pytest.raises(UserError, match="holds no index"):
+        DenseIndex.load(path, HashEmbedder())
+    DenseIndex.build(_documents(5), HashEmbedder(), corpus_hash="h").save(path)
+    lines = (path / "documents.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "documents.jsonl").write_bytes(b"".join(lines[:3]))
+    with pytest.raises(UserError, match=r'"count" is 5, .* 3'):
+        DenseIndex.load(path, HashEmbedder())
+    (path / "documents.jsonl").write_bytes(b'{"id": ')
+    with pytest.raises(UserError, match="not a whole index"):
+        DenseIndex.load(path, HashEmbedder())
+
+
+def test_load_or_build_builds_once_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    config = TfidfSvdConfig(dim=8, max_features=200)
+    documents = _documents(30)
+    first = load_or_build(tmp_path, documents, corpus_hash="h", config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseIndex, "build", lambda *a, **k: pytest.fail("built again"))
+        second = load_or_build(tmp_path, documents, corpus_hash="h", config=config)
+    assert second.search(["t3", "w9"], 3) == first.search(["t3", "w9"], 3)
+    load_or_build(tmp_path, documents[:20], corpus_hash="g", config=config)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(DenseIndex, "save", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        load_or_build(tmp_path, _documents(9), corpus_hash="h")
+    assert list(tmp_path.iterdir()) == []
