@@ -7,6 +7,7 @@ Parameters name logical axes once, where they are declared; everything that need
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +48,11 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a (data, fsdp, tensor) mesh over the first `config.size` devices.
 
-    Raises UserError where there are fewer devices than the mesh wants.
+    Raises UserError where there are fewer devices than the mesh wants, or an axis is below 1.
     """
+    for axis, size in dataclasses.asdict(config).items():
+        if size < 1:
+            raise UserError(f"mesh.{axis} = {size}, must be at least 1")
     devices = jax.devices() if devices is None else devices
     if len(devices) < config.size:
         raise UserError(
@@ -90,5 +94,14 @@ def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Moves a pytree of arrays to another layout (tree of NamedShardings) in one jitted identity."""
-    return jax.jit(lambda t: t, out_shardings=shardings)(tree)
+    """Moves a pytree of arrays to another layout (tree of NamedShardings) in one jitted identity.
+
+    The program is kept, so that moving the same tree again compiles nothing.
+    """
+    leaves, form = jax.tree.flatten(shardings)
+    return _identity(tuple(leaves), form)(tree)
+
+
+@functools.lru_cache(maxsize=32)
+def _identity(leaves: tuple[NamedSharding, ...], form: Any) -> Any:
+    return jax.jit(lambda t: t, out_shardings=jax.tree.unflatten(form, leaves))

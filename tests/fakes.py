@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from r1s_jax.engine.engine import Admission, Extension, PromptRef, Written
+from r1s_jax.engine.programs import Stop
+from r1s_jax.engine.sampling import SamplingConfig, row_seed
+from r1s_jax.engine.state import EngineConfig, Prefix
+from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.types import Document, RetrievalFailure
 
 
@@ -39,3 +46,141 @@ class FailingRetriever:
             RetrievalFailure(reason=self.reason) if self.pattern in query else documents
             for query, documents in zip(queries, found, strict=True)
         ]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScriptedRow:
+    """One slot of the scripted engine: everything it was fed, and what it sampled."""
+
+    question: str
+    sample: int
+    ids: list[int]
+    sampled: list[tuple[int, int, float]]  # (position, token, log-probability)
+    to_write: list[int]
+    turn: int = 0
+    budget: int = 0
+    live: bool = True
+    turn_bytes: bytes = b""
+
+
+class ScriptedEngine:
+    """The public methods of `r1s_jax.engine.engine.Engine`, without a model.
+
+    `script(question id, sample, turn)` is the text of a turn (str) or its very token ids (list).
+    A text that ends without a stop string is followed by EOS. `rows[question id, sample]` keeps
+    what the engine saw of an episode, for comparison with the trajectory. Misuse (inserting into
+    or extending a live slot, a wrong last token, an empty extension) fails at once.
+    """
+
+    def __init__(
+        self,
+        script: Callable[[str, int, int], str | list[int]],
+        *,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        weights_version: int = 0,
+    ):
+        self.config, self.weights_version = config, weights_version
+        self.rows: dict[tuple[str, int], ScriptedRow] = {}
+        self.prefilled: list[tuple[int, ...]] = []
+        self.chunks = 0
+        self._script, self._tokenizer = script, tokenizer
+        self._stops = [s.encode() for s in stop_strings]
+        self._names: dict[bytes, tuple[str, int]] = {}
+        self._slots: list[ScriptedRow | None] = [None] * config.slots
+
+    def expect(
+        self,
+        names: Sequence[str],
+        samples: int,
+        *,
+        seed: int = 0,
+        phase: str = "train",
+        step: int = 0,
+        attempt: int = 0,
+    ) -> None:
+        """Tells the engine whose sampling keys it will see: that is how it knows an episode."""
+        for name in names:
+            for sample in range(samples):
+                key = row_seed(seed, phase, step, name, attempt, sample)
+                self._names[key.tobytes()] = (name, sample)
+
+    def match_end(self, turn_bytes: bytes) -> tuple[int, int] | None:
+        ends = [(turn_bytes.find(s) + len(s), i) for i, s in enumerate(self._stops) if s in turn_bytes]
+        return min(ends)[::-1] if ends else None
+
+    def prompt_bucket(self, length: int) -> int:
+        return min(b for b in self.config.prompt_buckets if b >= length - 1)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptRef]:
+        refs = []
+        for prompt in prompts:
+            self.prompt_bucket(len(prompt))
+            self.prefilled.append(tuple(prompt))
+            refs.append(
+                PromptRef(
+                    prefix=Prefix(keys=(), values=()),
+                    row=len(self.prefilled) - 1,
+                    length=len(prompt) - 1,
+                    pending=prompt[-1],
+                )
+            )
+        return refs
+
+    def insert(self, admissions: Sequence[Admission]) -> None:
+        for a in admissions:
+            held = self._slots[a.slot]
+            assert held is None or not held.live, f"slot {a.slot} is still decoding"
+            name, sample = self._names[a.seed.tobytes()]
+            assert (name, sample) not in self.rows, f"{name!r}, sample {sample} is played twice"
+            row = ScriptedRow(
+                question=name,
+                sample=sample,
+                ids=list(self.prefilled[a.prompt.row]),
+                sampled=[],
+                to_write=[],
+            )
+            self.rows[name, sample] = self._slots[a.slot] = row
+            self._begin(row, a.budget)
+
+    def decode_chunk(self, sampling: SamplingConfig) -> list[Written]:
+        self.chunks += 1
+        return [self._write(row) for row in self._slots]
+
+    def extend(self, extensions: Sequence[Extension]) -> None:
+        for e in extensions:
+            row = self._slots[e.slot]
+            assert row is not None and not row.live, f"slot {e.slot} is not parked"
+            assert row.ids[-1] == e.last and len(e.tokens) > 0 and e.budget > 0
+            row.ids += e.tokens
+            row.turn += 1
+            self._begin(row, e.budget)
+
+    def _begin(self, row: ScriptedRow, budget: int) -> None:
+        text = self._script(row.question, row.sample, row.turn)
+        ids = self._tokenizer.encode(text) if isinstance(text, str) else list(text)
+        row.to_write = [*ids, self._tokenizer.eos_ids[0]]
+        row.budget, row.live, row.turn_bytes = budget, True, b""
+        assert len(row.ids) + budget <= self.config.context
+
+    def _write(self, row: ScriptedRow | None) -> Written:
+        tokens, logprobs, stop = [], [], Stop.RUNNING
+        while row is not None and row.live and len(tokens) < self.config.chunk:
+            token = row.to_write.pop(0)
+            tokens.append(token)
+            logprobs.append(-(1 + (31 * len(row.ids) + 7 * row.sample) % 97) / 64)
+            row.sampled.append((len(row.ids), token, logprobs[-1]))
+            row.ids.append(token)
+            row.turn_bytes += self._tokenizer.token_bytes[token]
+            row.budget -= 1
+            if any(s in row.turn_bytes for s in self._stops):
+                stop = Stop.STRING
+            elif token in self._tokenizer.eos_ids:
+                stop = Stop.EOS
+            elif row.budget == 0:
+                stop = Stop.BUDGET
+            row.live = stop == Stop.RUNNING
+        return Written(
+            tokens=np.array(tokens, np.int32), logprobs=np.array(logprobs, np.float32), stop=stop
+        )

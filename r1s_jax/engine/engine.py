@@ -19,7 +19,7 @@ from r1s_jax.engine.programs import Stop, StopTables
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import EngineConfig, EngineState, Prefix, empty_state
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
-from r1s_jax.sharding import named_sharding, replicated
+from r1s_jax.sharding import check_divisible, named_sharding, replicated
 from r1s_jax.types import UserError
 
 
@@ -89,6 +89,13 @@ class Engine:
                 f"engine.prompt_buckets = {config.prompt_buckets} exceed "
                 f"engine.context = {config.context}"
             )
+        if len(token_bytes) != model.vocab_size:  # a table that is too short would be read clamped
+            raise ValueError(
+                f"token_bytes has {len(token_bytes)} entries, vocab_size = {model.vocab_size}"
+            )
+        check_divisible(mesh, "engine.slots", (config.slots,), ("rows",))
+        heads = model.num_key_value_heads
+        check_divisible(mesh, "num_key_value_heads", (heads,), ("kv_heads",))
         self.model, self.config, self.mesh, self.dtype = model, config, mesh, dtype
         self.weights_version = -1
         self._token_bytes = token_bytes

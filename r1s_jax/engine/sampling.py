@@ -62,7 +62,8 @@ def sample(
 
 def uniform(seed_2: UInt32[Array, "2"], position: Int[Array, ""]) -> Float[Array, ""]:
     """One number in [0, 1) of (row seed, position)."""
-    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(seed_2), position))
+    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")  # whatever JAX's default is
+    return jax.random.uniform(jax.random.fold_in(key, position))
 
 
 def truncate_top_p(logprobs_BV: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
@@ -96,13 +97,15 @@ def _pick(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """First index whose running sum exceeds the target, and what the target has left there.
 
-    Rounding can put the target at or past the last sum; the last positive weight is taken then,
-    so an index of weight zero is never returned.
+    An index of weight zero is never returned: XLA's running sums are taken in another order for
+    every index, so they may rise where the weight is zero (seen from 512 weights on), and rounding
+    can put the target past the last sum; the last positive weight is taken then.
     """
     sums = jnp.cumsum(weights, axis=-1)
     size = weights.shape[-1]
     last = size - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
-    index = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), last)
+    beyond = (sums > target[:, None]) & (weights > 0)
+    index = jnp.minimum(jnp.where(beyond, jnp.arange(size), size).min(axis=-1), last)
     at = index[:, None]
     before = jnp.take_along_axis(sums - weights, at, axis=-1)[:, 0]
     return index, jnp.maximum(target - before, 0.0)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 Params = dict[str, Any]
@@ -46,7 +47,7 @@ class DecoderConfig:
 class Layers(nnx.Module):
     """The parameters of all layers, stacked: every array begins with the axis L."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         c, layers = config, config.num_hidden_layers
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
@@ -76,7 +77,7 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to final hidden states; `unembed` turns those into logits."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         vocab_shape = (config.vocab_size, config.hidden_size)
         init = nnx.initializers.normal(0.02)
@@ -170,12 +171,12 @@ def rotate(
     return turned.astype(x.dtype)
 
 
-def init_params(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
+def init_params(config: DecoderConfig, seed: int, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters as a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype)))
 
 
-def abstract_params(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> tuple[Params, Params]:
+def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> tuple[Params, Params]:
     """Returns (ShapeDtypeStructs, logical axes), two trees of the same form, without allocating."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731

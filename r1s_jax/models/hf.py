@@ -18,6 +18,16 @@ from r1s_jax.sharding import check_divisible, named_sharding
 from r1s_jax.types import UserError
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,9 +65,13 @@ def read_config(folder: str | Path) -> DecoderConfig:
             f"into {folder}"
         )
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a JSON {type(raw).__name__}, must be an object")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type is {family!r}, must be one of {sorted(FAMILIES)}")
@@ -68,10 +82,16 @@ def read_config(folder: str | Path) -> DecoderConfig:
         "use_sliding_window": raw.get("use_sliding_window") or None,
         "hidden_act": raw["hidden_act"] if raw.get("hidden_act", "silu") != "silu" else None,
         "mlp_bias": raw.get("mlp_bias") or None,
+        # Llama's flag stands for four biases, the output projection's among them.
+        "attention_bias": (family == "llama" and raw.get("attention_bias")) or None,
     }
     for field, value in refused.items():
         if value is not None:
             raise UserError(f"{path}: {field} = {value!r} is not supported")
+    for field in _SIZES:
+        value = raw.get(field)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{path}: {field} = {value!r}, must be a whole number above 0")
     try:
         return DecoderConfig(
             vocab_size=raw["vocab_size"],
@@ -84,7 +104,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
+            attention_bias=family == "qwen2",
             max_position_embeddings=raw.get("max_position_embeddings", 32_768),
         )
     except KeyError as e:
@@ -117,6 +137,14 @@ def config_json(config: DecoderConfig, eos_ids: tuple[int, ...], pad_id: int) ->
     }
 
 
+def require_weights(folder: str | Path) -> list[Path]:
+    """The weight files of a folder. Raises UserError where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors; download the model's weights into it")
+    return files
+
+
 def load_params(
     folder: str | Path, config: DecoderConfig, mesh: Mesh, dtype: Any = jnp.float32
 ) -> Params:
@@ -126,9 +154,7 @@ def load_params(
     """
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors; download the model's weights into it")
+    files = require_weights(folder)
     where: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         try:

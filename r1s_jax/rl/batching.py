@@ -66,7 +66,7 @@ def pack(
     for start in range(0, len(order_N), rows):
         episodes = order_N[start : start + rows]
         length = min(b for b in length_buckets if b >= lengths_N[episodes[0]])
-        batch = _empty(rows, length, pad_id)
+        batch = empty_batch(rows, length, pad_id)
         for row, episode in enumerate(episodes):
             _fill(batch, row, trajectories[episode])
         batch.episode_B[: len(episodes)] = episodes
@@ -119,7 +119,8 @@ def _check(trajectory: Trajectory, longest: int) -> None:
         raise ValueError(f"{name} has {length} tokens and no prompt: token 0 cannot be sampled")
 
 
-def _empty(rows: int, length: int, pad_id: int) -> Batch:
+def empty_batch(rows: int, length: int, pad_id: int) -> Batch:
+    """A micro-batch of padding rows alone."""
     return Batch(
         tokens_BT=np.full((rows, length), pad_id, np.int32),
         mask_BT=np.zeros((rows, length), bool),

@@ -142,7 +142,8 @@ def reward_by_name(name: str) -> RewardFunction:
 def episode_metrics(trajectory: Trajectory) -> dict[str, float]:
     """What one episode adds to the metrics; flags are 0.0 or 1.0.
 
-    em, acc_r, f1 of its answer (0 without one); format (`paper_format`); searched and searches
+    em, acc_r, f1 of its answer (0 without one); format (`paper_format`); answered
+    (an answer pair was written); searched and searches
     (documents came back; how often); response_tokens (sampled tokens); truncated (a turn or the
     context was full); gold_found (every gold document was among those it was shown; 0 where the
     question names none, so average it over questions that do).
@@ -158,6 +159,7 @@ def episode_metrics(trajectory: Trajectory) -> dict[str, float]:
         "acc_r": cover_exact_match(verdict.answer, golds),
         "f1": f1(verdict.answer, golds),
         "format": float(paper_format(verdict)),
+        "answered": float(verdict.has_answer),
         "searched": float(verdict.searched),  # as the reward sees it
         "searches": float(len(trajectory.searches)),
         "response_tokens": float(trajectory.sampled_count),

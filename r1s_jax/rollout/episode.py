@@ -86,6 +86,11 @@ class Episode:
         return min(self._limits.max_new_tokens, self._limits.context - len(self._ids))
 
     @property
+    def search_count(self) -> int:
+        """Searches answered so far."""
+        return len(self._searches)
+
+    @property
     def last_token(self) -> int:
         return self._ids[-1]
 
@@ -104,11 +109,13 @@ class Episode:
         self._turn += [int(t) for t in tokens]
         if stop == Stop.RUNNING:
             return
-        turn_bytes = self._opening + self._tokenizer.decode_bytes(self._turn)
+        # The end-of-sequence token is no text.
+        turn_ids = self._turn[:-1] if stop == Stop.EOS else self._turn
+        turn_bytes = self._tokenizer.decode_bytes(turn_ids)
+        # Searched for where the engine does: in what was sampled, not in the opening.
         match = self._match_end(turn_bytes) if stop == Stop.STRING else None
-        if stop == Stop.EOS:  # the end-of-sequence token is no text
-            turn_bytes = self._opening + self._tokenizer.decode_bytes(self._turn[:-1])
-        turn = turn_bytes[: match[1] if match else None].decode(errors="replace")
+        turn_bytes = self._opening + turn_bytes[: match[1] if match else None]
+        turn = turn_bytes.decode(errors="replace")
         self._segments.append(Segment(source=TokenSource.SAMPLED, text=turn))
         length, self._turn, self._opening = len(self._turn), [], b""
         if match and STOP_STRINGS[match[0]] == END_QUERY:
@@ -128,6 +135,8 @@ class Episode:
             return []
         self._searches.append(Search(query=self.query, documents=outcome))
         block = render_documents(outcome, self._tokenizer.control_strings)
+        # JSON can hold halves of surrogate pairs, which no tokenizer takes.
+        block = block.encode(errors="replace").decode()
         ids = self._tokenizer.encode(block)
         if len(self._ids) + len(ids) >= self._limits.context:
             self._end(StopReason.CONTEXT_FULL)

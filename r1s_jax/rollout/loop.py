@@ -37,6 +37,7 @@ class RolloutConfig:
     max_searches: int = 8
     max_new_tokens: int = 512  # per turn
     opening: str = ""  # text every response is made to begin with (a control: forced search)
+    answered_searches: int | None = None  # later ones bring nothing (a control)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class Rollout:
             asking = [s for s in sorted(playing) if playing[s].need == Need.DOCUMENTS]
             if asking:
                 before = time.perf_counter()
-                outcomes = self._retrieve([playing[s].query for s in asking])
+                outcomes = self._retrieve([playing[s] for s in asking])
                 retrieval_seconds += time.perf_counter() - before
                 self._answer([(s, playing[s]) for s in asking], outcomes)
             for slot in [s for s in sorted(playing) if playing[s].need == Need.NOTHING]:
@@ -195,18 +196,21 @@ class Rollout:
         if admissions:
             self._engine.insert(admissions)
 
-    def _retrieve(self, queries: list[str]) -> list[tuple[Document, ...] | RetrievalFailure]:
+    def _retrieve(self, asking: list[Episode]) -> list[tuple[Document, ...] | RetrievalFailure]:
         """One outcome per query, whatever the retriever does: its faults are not the policy's."""
+        queries = [episode.query for episode in asking]
         try:
-            outcomes = self._retriever.search(queries, self._config.documents)
+            outcomes = list(self._retriever.search(queries, self._config.documents))
         except Exception as e:
             return [RetrievalFailure(reason=f"{type(e).__name__}: {e}")] * len(queries)
         if len(outcomes) != len(queries):
             reason = f"{len(queries)} queries were sent, {len(outcomes)} answers came back"
             return [RetrievalFailure(reason=reason)] * len(queries)
+        limit = self._config.answered_searches
+        unanswered = [limit is not None and e.search_count >= limit for e in asking]
         return [
-            o if isinstance(o, RetrievalFailure) else tuple(o)[: self._config.documents]
-            for o in outcomes
+            _checked(o, 0 if u else self._config.documents)
+            for o, u in zip(outcomes, unanswered, strict=True)
         ]
 
     def _answer(
@@ -222,6 +226,15 @@ class Rollout:
                     Extension(slot=slot, last=last, tokens=tokens, budget=episode.budget)
                 )
         self._engine.extend(extensions)
+
+
+def _checked(outcome: object, limit: int) -> tuple[Document, ...] | RetrievalFailure:
+    """One answer of the retriever: its first `limit` documents, or a failure."""
+    if isinstance(outcome, RetrievalFailure):
+        return outcome
+    if isinstance(outcome, list | tuple) and all(isinstance(d, Document) for d in outcome):
+        return tuple(outcome[:limit])
+    return RetrievalFailure(reason=f"the answer is no list of documents but {outcome!r:.80}")
 
 
 def _collect(

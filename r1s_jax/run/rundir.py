@@ -75,10 +75,11 @@ def open_run_dir(path: epath.PathLike, config_text: str) -> RunDir:
             raise UserError(
                 f"{run.path}: not empty and no run directory: has {strangers[0]}, lacks {CONFIG}"
             )
-    for folder in (run.tensorboard, run.trajectories, run.checkpoints, run.hf):
-        folder.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(parents=True, exist_ok=True)
     if not run.resumed:
-        write_text_atomic(run.config, config_text)
+        write_text_atomic(run.config, config_text)  # first: it is what makes this a run directory
+    for folder in (run.tensorboard, run.trajectories, run.checkpoints, run.hf):
+        folder.mkdir(exist_ok=True)
     return run
 
 

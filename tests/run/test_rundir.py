@@ -31,12 +31,12 @@ def test_layout_and_resume(tmp_path):
     [
         (
             TEXT.replace("lr = 0.1", "lr = 0.2"),
-            "config.Run.lr is 0.1 in this run directory and 0.2",
+            "config.Run.lr is 0.1 in this run directory and 0",
         ),
         (TEXT + "config.Run.n = 'a = b'\n", "config.Run.n is not set in this run directory and 'a"),
         (
             TEXT.replace("config.Run.seed = 1\n", ""),
-            "config.Run.seed is 1 in this run directory and",
+            "config.Run.seed is 1 in this run directory",
         ),
     ],
 )

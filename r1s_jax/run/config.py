@@ -1,0 +1,94 @@
+"""What a run is made of. Plain keyword-only dataclasses; gin binds them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from r1s_jax.engine.sampling import SamplingConfig
+from r1s_jax.engine.state import EngineConfig
+from r1s_jax.rl.advantages import check_group_size
+from r1s_jax.rl.learner import LearnerConfig
+from r1s_jax.rl.rewards import reward_by_name
+from r1s_jax.rollout.loop import RolloutConfig
+from r1s_jax.sharding import MeshConfig
+from r1s_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Where the policy starts: a Hugging Face folder, and how it is prompted."""
+
+    checkpoint: str
+    prompt: Literal["base", "chat", "tiny"] = "base"
+    prompt_file: str = ""  # a template that replaces the `base` wording
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """Questions and corpus. `atlas:SPLIT` names the bundled world, else a JSONL file."""
+
+    train_questions: str
+    eval_questions: str
+    corpus: str = "atlas"  # else the folder of a saved index
+    eval_limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: a reward and how long it is optimised. The optimiser starts afresh."""
+
+    name: str
+    reward: str
+    steps: int
+    permute_rewards: bool = False  # a control: rewards shuffled among the samples of a step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy evaluation before the first stage and after each."""
+
+    documents: int = 5
+    max_searches: int = 9
+    controls: bool = False  # forced search, no search, wrong passages, first search only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    policy: PolicyConfig
+    world: WorldConfig
+    stages: tuple[StageConfig, ...]
+    engine: EngineConfig
+    rollout: RolloutConfig
+    learner: LearnerConfig
+    sampling: SamplingConfig = SamplingConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    questions_per_step: int = 64
+    samples_per_question: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the engine's copy and its cache
+    seed: int = 0
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    trajectories_per_step: int = 4
+    max_skipped_updates: int = 3  # non-finite updates in a row that stop the run
+
+    def __post_init__(self) -> None:
+        check_group_size(self.samples_per_question, self.learner.estimator)
+        for stage in self.stages:
+            reward_by_name(stage.reward)
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"stages: needs at least one, each with a name of its own, has {names}")
+        longest = max(self.learner.length_buckets)
+        if longest < self.engine.context:
+            raise UserError(
+                f"learner.length_buckets end at {longest}, below engine.context = "
+                f"{self.engine.context}: longer episodes could not be trained on"
+            )
+        if self.sampling.temperature <= 0.0:
+            raise UserError(
+                f"sampling.temperature = {self.sampling.temperature}: training needs more than 0"
+            )

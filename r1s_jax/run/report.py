@@ -1,0 +1,47 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from r1s_jax.run.evaluate import CONTROLS
+from r1s_jax.run.progress import final_table
+
+_COLUMNS = {
+    "em": "EM",
+    "f1": "F1",
+    "retrieval_rate": "searched",
+    "searches_mean": "searches",
+    "format_rate": "format",
+    "em_given_search": "EM | search",
+    "gold_found": "gold found",
+    "em_one_hop": "EM 1 hop",
+    "em_two_hop": "EM 2 hops",
+    "answered_rate": "answered",
+}
+
+
+def final_report(
+    results: Mapping[str, Mapping[str, float]],
+    floors: Mapping[str, float],
+    stages: Sequence[str],
+) -> str:
+    """Prints base, stages, controls and floors as one table; returns it as markdown."""
+    order = [
+        "base",
+        "base/forced",
+        *stages,
+        *(f"final/{mode}" for mode in CONTROLS),
+    ]
+    rows: list[list[object]] = [
+        [_label(name), *(results[name][c] for c in _COLUMNS)] for name in order if name in results
+    ]
+    blank = [None] * (len(_COLUMNS) - 1)
+    rows += [[f"floor: {name}", value, *blank] for name, value in floors.items()]
+    return final_table("held-out questions, greedy", ["policy", *_COLUMNS.values()], rows)
+
+
+def _label(name: str) -> str:
+    policy, _, mode = name.partition("/")
+    policy = {"base": "base", "final": "final"}.get(policy, f"after {policy}")
+    return f"{policy}, {mode.replace('_', ' ')}" if mode else policy

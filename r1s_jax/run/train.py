@@ -1,0 +1,285 @@
+"""The train loop: questions -> rollout -> rewards -> advantages -> update -> push -> log, save.
+
+Everything random is keyed by (seed, stage, step within the stage), so a run that is killed and
+resumed, or split into one run per stage, goes exactly the way of the whole one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from r1s_jax.data.curriculum import QuestionStream
+from r1s_jax.data.floors import floors
+from r1s_jax.models import hf
+from r1s_jax.rl.learner import Learner
+from r1s_jax.rl.rewards import reward_by_name
+from r1s_jax.rollout.loop import Call, Rollout, RolloutResult
+from r1s_jax.run.checkpoint import Checkpointer
+from r1s_jax.run.compiles import CompileCounter
+from r1s_jax.run.config import RunConfig, StageConfig
+from r1s_jax.run.evaluate import CONTROLS, GREEDY, NO_SEARCH, evaluate, summarise
+from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter
+from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
+from r1s_jax.run.progress import Progress
+from r1s_jax.run.report import final_report
+from r1s_jax.run.rundir import RunDir, write_json_atomic
+from r1s_jax.run.setup import Parts, build_parts
+from r1s_jax.types import Trajectory, UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Position:
+    """Where a run stands; with the learner's arrays it is a checkpoint."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    skipped_in_a_row: int = 0
+    stream: dict[str, Any] | None = None
+    results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+def train(config: RunConfig, run_dir: RunDir) -> int:
+    """Runs all stages, or what is left of them; returns the exit code (75: start again)."""
+    compiles = CompileCounter()
+    with (
+        StopFlag() as stop,
+        Progress() as progress,
+        MetricsWriter(run_dir.path) as metrics,
+        Checkpointer(run_dir.checkpoints, keep=config.keep_checkpoints) as checkpointer,
+    ):
+        progress.note(f"run directory {run_dir.path}")
+        run = _Run(config, run_dir, progress, metrics, checkpointer, compiles)
+        finished = run.stages(stop)
+        checkpointer.wait()
+        if not finished:
+            progress.note(f"{stop.reason}: saved at step {run.at.step}; the same command resumes")
+            return EXIT_TRY_AGAIN
+        run.finish()
+    compiles.close()
+    return 0
+
+
+class _Run:
+    """The parts of one run, and its steps in order."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        progress: Progress,
+        metrics: MetricsWriter,
+        checkpointer: Checkpointer,
+        compiles: CompileCounter,
+    ):
+        self.config, self.run_dir, self.progress = config, run_dir, progress
+        self.metrics, self.checkpointer, self.compiles = metrics, checkpointer, compiles
+        self.samples = TrajectoryWriter(run_dir.path, config.trajectories_per_step)
+        self.at = Position()
+        self.parts: Parts = build_parts(config)
+        parts = self.parts
+        self.learner = Learner(
+            parts.model,
+            config.learner,
+            mesh=parts.mesh,
+            params=hf.load_params(parts.checkpoint, parts.model, parts.mesh),
+            temperature=config.sampling.temperature,
+            pad_id=parts.tokenizer.pad_id,
+        )
+        self.rollout = Rollout(
+            parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout
+        )
+        self._restore()
+        self._push()
+        progress.note("compiling every program")
+        parts.engine.warm_up([config.sampling, GREEDY, *[NO_SEARCH] * config.evaluation.controls])
+        self.learner.warm_up()
+        self._push()
+        compiles.reset()
+
+    def stages(self, stop: StopFlag) -> bool:
+        """Plays the stages from the present position; False if it was asked to leave."""
+        if self.at.step == 0 and "base" not in self.at.results:
+            self._evaluate("base")
+        while self.at.stage < len(self.config.stages):
+            stage = self.config.stages[self.at.stage]
+            stream = QuestionStream(
+                self.parts.train_questions,
+                batch_size=self.config.questions_per_step,
+                seed=self.config.seed,
+            )
+            if self.at.stream is not None:
+                stream.restore(self.at.stream)
+            reward = reward_by_name(stage.reward)
+            while self.at.stage_step < stage.steps:
+                started = time.perf_counter()
+
+                # ---- questions -> trajectories
+                result = self.rollout.run(
+                    next(stream),
+                    samples=self.config.samples_per_question,
+                    sampling=self.config.sampling,
+                    call=Call(
+                        seed=self.config.seed,
+                        phase=f"train/{stage.name}",
+                        step=self.at.stage_step,
+                    ),
+                    min_survivors=2,
+                )
+                trajectories = [t for group in result.groups for t in group.trajectories]
+                group_ids = [i for i, g in enumerate(result.groups) for _ in g.trajectories]
+
+                # ---- rewards
+                rewards = [reward(t) for t in trajectories]
+                totals = np.array([r.total for r in rewards], np.float64)
+                if stage.permute_rewards:
+                    key = (self.config.seed, self.at.stage, self.at.stage_step)
+                    totals = np.random.default_rng(key).permutation(totals)
+
+                # ---- advantages -> update -> new weights for the engine
+                learning = time.perf_counter()
+                learned = self._update(trajectories, totals, np.array(group_ids))
+                self.at.step += 1
+                self.at.stage_step += 1
+                self.at.stream = stream.state()
+                self._push()
+
+                # ---- log, save
+                learned["learn_seconds"] = time.perf_counter() - learning
+                learned["step_seconds"] = time.perf_counter() - started
+                self._log(stage, result, trajectories, totals, learned)
+                parts = [r.parts for r in rewards]
+                self.samples.write(self.at.step, stage.name, trajectories, parts)
+                ended = self.at.stage_step == stage.steps
+                if ended:
+                    self._end_stage(stage)
+                elif stop.requested or self.at.stage_step % self.config.checkpoint_every == 0:
+                    self._save()
+                if stop.requested:
+                    return False
+                if ended:
+                    break
+        return True
+
+    def finish(self) -> None:
+        """Exports the policy, evaluates the controls, writes the summary, prints the table."""
+        if self.config.evaluation.controls:
+            for mode in CONTROLS:
+                if f"final/{mode}" not in self.at.results and mode != "forced":
+                    self._evaluate("final", mode)
+        export = hf.export(
+            self.run_dir.hf.__fspath__(),
+            self.parts.model,
+            self.learner.state.params,
+            tokenizer_folder=self.parts.checkpoint,
+            eos_ids=self.parts.tokenizer.eos_ids,
+            pad_id=self.parts.tokenizer.pad_id,
+        )
+        known = floors(self.parts.eval_questions)
+        write_json_atomic(
+            self.run_dir.summary,
+            {
+                "config": self.run_dir.path.name,
+                "seed": self.config.seed,
+                "steps": self.at.step,
+                "floors": known,
+                "results": self.at.results,
+                "compiles": self.compiles.count,
+                "export": str(export),
+            },
+        )
+        final_report(self.at.results, known, [s.name for s in self.config.stages])
+        self.progress.note(f"Hugging Face checkpoint: {export}")
+
+    def _update(
+        self, trajectories: Sequence[Trajectory], totals: np.ndarray, group_ids: np.ndarray
+    ) -> dict[str, float]:
+        """The learner's update; refuses to go on after too many that were not finite."""
+        if not trajectories:
+            return {"skipped_updates": 0.0}
+        learned = self.learner.update(trajectories, totals, group_ids)
+        skipped = learned["skipped_updates"]
+        self.at.skipped_in_a_row = int(self.at.skipped_in_a_row + skipped) if skipped else 0
+        if self.at.skipped_in_a_row >= self.config.max_skipped_updates:
+            path = self.run_dir.path / "offending_batch.json"
+            rows = [t.token_ids_T.tolist() for t in trajectories]
+            write_json_atomic(path, {"step": self.at.step, "token_ids": rows})
+            raise UserError(
+                f"step {self.at.step}: {self.at.skipped_in_a_row} updates in a row had a gradient "
+                f"that is not finite (max_skipped_updates = {self.config.max_skipped_updates}); "
+                f"the batch is in {path}"
+            )
+        return learned
+
+    def _log(
+        self,
+        stage: StageConfig,
+        result: RolloutResult,
+        trajectories: Sequence[Trajectory],
+        totals: np.ndarray,
+        learned: dict[str, float],
+    ) -> None:
+        row = {
+            "reward_mean": float(totals.mean()) if len(totals) else 0.0,
+            "reward_std": float(totals.std()) if len(totals) else 0.0,
+            **summarise(trajectories),
+            "retrieval_failed": float(result.failed),
+            "dropped_groups": float(result.dropped_groups),
+            **learned,
+            "tokens_per_second": result.sampled_tokens / result.seconds,
+            "rollout_seconds": result.seconds,
+            "retrieval_seconds": result.retrieval_seconds,
+            "compiles": float(self.compiles.count),
+        }
+        self.metrics.write(self.at.step, stage.name, "train", row)
+        total = sum(s.steps for s in self.config.stages)
+        self.progress.update(stage.name, self.at.step, total, row)
+
+    def _end_stage(self, stage: StageConfig) -> None:
+        """Evaluates, then stands at the start of the next stage with a fresh optimiser."""
+        self._evaluate(stage.name)
+        self.at.stage, self.at.stage_step, self.at.stream = self.at.stage + 1, 0, None
+        self.learner.begin_stage()
+        self._save()
+
+    def _evaluate(self, name: str, mode: str = "search") -> None:
+        modes = [mode]
+        if name == "base" and self.config.evaluation.controls:
+            modes.append("forced")
+        for mode in modes:
+            self.progress.note(f"evaluating {name}" + (f", {mode}" if mode != "search" else ""))
+            figures, trajectories = evaluate(self.parts, self.config, mode)
+            figures["compiles"] = float(self.compiles.count)
+            label = name if mode == "search" else f"{name}/{mode}"
+            self.at.results[label] = {
+                k: v for k, v in figures.items() if not k.endswith("_seconds")
+            }
+            self.metrics.write(self.at.step, label, "eval", figures)
+            folder = label.replace("/", "-")
+            self.samples.write(self.at.step, f"eval-{folder}", trajectories, [{}] * len(trajectories))
+
+    def _push(self) -> None:
+        """Hands the learner's weights to the drained engine."""
+        self.parts.engine.set_weights(self.learner.state.params, self.at.step)
+
+    def _save(self) -> None:
+        host = {"position": dataclasses.asdict(self.at), "slots": self.config.engine.slots}
+        self.checkpointer.save(self.at.step, self.learner.checkpoint(), host)
+
+    def _restore(self) -> None:
+        """Goes to the last checkpoint; what was written after it is cut off."""
+        if self.checkpointer.latest_step() is None:
+            self.metrics.cut_back(-1)
+            self.samples.cut_back(-1)
+            return
+        step, arrays, host = self.checkpointer.restore(self.learner.abstract_checkpoint())
+        self.learner.restore(arrays)
+        self.at = Position(**host["position"])
+        self.metrics.cut_back(step)
+        self.samples.cut_back(step)
+        self.progress.note(f"resuming after step {step}")
