@@ -82,14 +82,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]) -> None:
+def check_divisible(
+    mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
+) -> None:
     """Raises UserError if an axis of `shape` does not divide over its mesh axes."""
     for size, axis, part in zip(shape, axes, partition_spec(axes), strict=True):
         names = () if part is None else (part,) if isinstance(part, str) else part
         shards = int(np.prod([mesh.shape[m] for m in names]))
         if size % shards:
             raise UserError(
-                f"mesh: {name} has {size} along '{axis}', not divisible by {shards} devices ({names})"
+                f"mesh: {name} has {size} along '{axis}', not divisible by "
+                f"{shards} devices ({names})"
             )
 
 

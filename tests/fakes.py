@@ -107,7 +107,8 @@ class ScriptedEngine:
                 self._names[key.tobytes()] = (name, sample)
 
     def match_end(self, turn_bytes: bytes) -> tuple[int, int] | None:
-        ends = [(turn_bytes.find(s) + len(s), i) for i, s in enumerate(self._stops) if s in turn_bytes]
+        found = [(turn_bytes.find(s), i, s) for i, s in enumerate(self._stops)]
+        ends = [(at + len(s), i) for at, i, s in found if at >= 0]
         return min(ends)[::-1] if ends else None
 
     def prompt_bucket(self, length: int) -> int:

@@ -108,5 +108,7 @@ def test_every_parameter_has_a_layout():
     from r1s_jax.models.decoder import abstract_params
 
     shapes, axes = abstract_params(tiny.MODEL)
-    checked = jax.tree.map(lambda s, a: len(sharding.partition_spec(a)) == len(s.shape), shapes, axes)
+    checked = jax.tree.map(
+        lambda s, a: len(sharding.partition_spec(a)) == len(s.shape), shapes, axes
+    )
     assert all(jax.tree.leaves(checked)) and len(jax.tree.leaves(checked)) == 15

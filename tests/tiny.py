@@ -24,7 +24,10 @@ from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.sharding import MeshConfig, make_mesh
 from r1s_jax.types import Document, Question
 
-WORDS = ("<|", "x<|", "|>", "|>\n", ">\n", "</", "begin", "end", "query", "answer", "_of_", "documents")
+WORDS = (
+    *("<|", "x<|", "|>", "|>\n", ">\n", "</"),
+    *("begin", "end", "query", "answer", "_of_", "documents"),
+)
 EOS, IM_END = "<|endoftext|>", "<|im_end|>"
 # (after one of these, one of those becomes likely), each a feature of its own.
 CHAIN = (
@@ -37,7 +40,7 @@ CHAIN = (
     (("</",), {"answer": 4.0}),
     (("answer",), {">": 3.5, ">\n": 3.5}),
 )
-ALWAYS = {"<|": 4.0, "x<|": 2.0, "</": 1.5, EOS: 0.0}
+ALWAYS = {"<|": 4.0, "x<|": 2.0, "</": 1.5, EOS: 1.5}
 
 # 312 is no multiple of the sampler's blocks of 32, and holds ids that no text has.
 MODEL = DecoderConfig(
@@ -64,9 +67,7 @@ SAMPLED = SamplingConfig()
 # Greedy, and it can neither ask nor name documents: the controls of an evaluation.
 BANNED = SamplingConfig(temperature=0.0, banned=("_query|>", "_documents"))
 PROMPT = BasePrompt(template="{question}\n<think>")
-DOCUMENTS = tuple(
-    Document(id=f"d{i}", title=f"T{i}", text="ab" * (3 * i + 1)) for i in range(3)
-)
+DOCUMENTS = tuple(Document(id=f"d{i}", title=f"T{i}", text="ab" * (3 * i + 1)) for i in range(3))
 
 
 def question(name: str, text: str = "") -> Question:
@@ -74,7 +75,8 @@ def question(name: str, text: str = "") -> Question:
 
 
 QUESTIONS = tuple(
-    question(n, t) for n, t in [("a", ""), ("b", "bb?"), ("c", "a longer one"), ("d", ""), ("e", "")]
+    question(name, text)
+    for name, text in {"a": "", "b": "bb?", "c": "a longer one", "d": "", "e": ""}.items()
 )
 
 
@@ -134,12 +136,12 @@ def params():
     return jax.tree.map(jax.numpy.asarray, tree)
 
 
-def new_engine(*, mesh: MeshConfig = MeshConfig(), stop_strings=STOP_STRINGS, **changes) -> Engine:
+def new_engine(*, mesh: MeshConfig | None = None, stop_strings=STOP_STRINGS, **changes) -> Engine:
     """An engine with the policy's weights; `changes` are fields of EngineConfig."""
     engine = Engine(
         MODEL,
         dataclasses.replace(CONFIG, **changes),
-        mesh=make_mesh(mesh),
+        mesh=make_mesh(mesh or MeshConfig()),
         token_bytes=tokenizer().token_bytes,
         stop_strings=stop_strings,
         eos_ids=tokenizer().eos_ids,

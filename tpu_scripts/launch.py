@@ -154,6 +154,48 @@ def load_text(
     return _load(where, text, where, bindings, CONFIGS, top)
 
 
+def load_run_config(run_dir: str, bindings: Sequence[str] = ()) -> ResolvedConfig:
+    """The configuration that a run directory was made with, and `bindings` on top.
+
+    Raises:
+        UserError: it is no run directory, or see `load_config`.
+    """
+    from etils import epath
+
+    file = epath.Path(run_dir) / "config.gin"
+    if not file.exists():
+        raise UserError(
+            f"{run_dir}: no run directory, it holds no config.gin; tpu_scripts/train.py makes one"
+        )
+    return load_text(file.read_text(), str(file), bindings)
+
+
+def choose_policy(
+    args: argparse.Namespace, default_run: str | None = None
+) -> tuple[ResolvedConfig, pathlib.Path | None]:
+    """(config, checkpoint) of --run_dir RUN (its export) or --config NAME [--checkpoint FOLDER].
+
+    The checkpoint is None where the config's own is meant.
+
+    Raises:
+        UserError: both or neither are given, or the run has no export yet.
+    """
+    given = None if args.checkpoint is None else pathlib.Path(args.checkpoint).expanduser()
+    run_dir = args.run_dir or (default_run if args.config is None else None)
+    if (run_dir is None) == (args.config is None):
+        raise UserError("give either --run_dir RUN or --config NAME (see --help)")
+    if run_dir is None:
+        return load_config(args.config, args.gin), given
+    config = load_run_config(run_dir, args.gin)
+    export = pathlib.Path(run_dir) / "hf"
+    if given is None and not (export / "config.json").is_file():
+        raise UserError(
+            f"{export}: no export there yet; let the run finish, or export its latest checkpoint: "
+            f"python tpu_scripts/export_hf.py --run_dir {run_dir}"
+        )
+    return config, given or export
+
+
 def _load(
     name: str,
     text: str,

@@ -11,6 +11,9 @@ def main() -> int:
     args = launch.parse_args(__doc__)
     config = launch.load_config(args.config, args.gin)
     from r1s_jax.run.rundir import open_run_dir
+    from r1s_jax.run.setup import check_inputs
+
+    check_inputs(config.value)  # before anything is written or compiled
     from r1s_jax.run.train import train
 
     run_dir = open_run_dir(args.run_dir or f"runs/{config.name}", config.text)

@@ -60,9 +60,7 @@ class Chunk:
     stops_B: Array
 
 
-def prefill(
-    model: DecoderConfig, params: Params, tokens_RP: Int[Array, "R P"]
-) -> Prefix:
+def prefill(model: DecoderConfig, params: Params, tokens_RP: Int[Array, "R P"]) -> Prefix:
     """KV of R right-padded prompts; padding comes after a row's tokens and is never looked at."""
     rows, length = tokens_RP.shape
     keys, values = [], []
@@ -124,7 +122,7 @@ def extend(
     A row with a positive budget has its whole block written with this call: it goes live again
     with `pending_R` as its next input and a fresh stop automaton. A slot number >= B is padding.
     """
-    rows, length = tokens_RE.shape
+    length = tokens_RE.shape[1]
     slots = state.lengths_B.shape[0]
     held = jnp.minimum(slots_R, slots - 1)
     starts_R = state.lengths_B[held]
@@ -178,7 +176,7 @@ def decode_chunk(
     """
     decoder = bind(model, params)
     rows = state.lengths_B.shape[0]
-    seen = (jnp.arange(state.keys[0].shape[-1])[None] < state.lengths_B[:, None])[:, None, None, None]
+    seen = jnp.arange(state.keys[0].shape[-1])[None] < state.lengths_B[:, None]  # [B S]
     tail_index = jnp.arange(steps)
 
     def step(carry):
@@ -191,7 +189,7 @@ def decode_chunk(
             new_keys.append(jax.lax.dynamic_update_slice(tail_keys[index], k, (0, 0, 0, c)))
             new_values.append(jax.lax.dynamic_update_slice(tail_values[index], v, (0, 0, c, 0)))
             pieces = [
-                (state.keys[index], state.values[index], seen),
+                (state.keys[index], state.values[index], seen[:, None, None, None]),
                 (new_keys[index], new_values[index], (tail_index <= c)[None, None, None, None]),
             ]
             return cached_attention(group_heads(q, k.shape[1]), pieces)
@@ -268,7 +266,7 @@ def group_heads(q_BTHh: Float[Array, "B T H h"], groups: int) -> Float[Array, "B
 
 def cached_attention(
     q: Float[Array, "B K g T h"],
-    pieces: list[tuple[Float[Array, "B K h s"], Float[Array, "B K s h"], Bool[Array, "..."]]],
+    pieces: list[tuple[Float[Array, "B K h _"], Float[Array, "B K _ h"], Bool[Array, "..."]]],
 ) -> Float[Array, "B T H h"]:
     """One softmax over several runs of keys and values, none of which is copied."""
     scores = [

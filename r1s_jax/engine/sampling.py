@@ -76,9 +76,7 @@ def truncate_top_p(logprobs_BV: Float[Array, "B V"], top_p: float) -> Float[Arra
     return jnp.where(logprobs_BV >= threshold, logprobs_BV, -jnp.inf)
 
 
-def inverse_cdf(
-    weights_BV: Float[Array, "B V"], uniform_B: Float[Array, " B"]
-) -> Int[Array, " B"]:
+def inverse_cdf(weights_BV: Float[Array, "B V"], uniform_B: Float[Array, " B"]) -> Int[Array, " B"]:
     """Draws an index per row in proportion to its (unnormalised, non-negative) weights."""
     rows, vocab = weights_BV.shape
     block = 1 << math.ceil(math.log2(math.sqrt(vocab)))

@@ -39,8 +39,8 @@ class EngineState:
 
     keys: per layer [B K h S]; values: per layer [B K S h] (the orders the two matmuls of a
     decode step read contiguously). lengths_B: cached tokens. stop_state_B, ban_state_B: states
-    of the stop and ban automata. budget_B: tokens the row may still sample this turn. live_B: decoding or not.
-    seeds_B2: the row's sampling key.
+    of the stop and ban automata. budget_B: tokens the row may still sample this turn. live_B:
+    decoding or not. seeds_B2: the row's sampling key.
     """
 
     keys: tuple[Array, ...]

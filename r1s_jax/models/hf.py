@@ -148,36 +148,14 @@ def require_weights(folder: str | Path) -> list[Path]:
 def load_params(
     folder: str | Path, config: DecoderConfig, mesh: Mesh, dtype: Any = jnp.float32
 ) -> Params:
-    """Reads `*.safetensors` into the layout of the mesh.
+    """Reads `*.safetensors` into the layout of the mesh. Raises what `check_weights` raises."""
+    from safetensors import safe_open
 
-    Raises UserError listing missing, surplus or misshapen tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = require_weights(folder)
-    where: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as f:
-                where.update({k: (file, tuple(f.get_slice(k).get_shape())) for k in f.keys()})  # noqa: SIM118
-        except SafetensorError as e:
-            raise UserError(f"{file}: not a complete safetensors file: {e}") from e
+    where = check_weights(folder, config)
     abstract, axes = abstract_params(config, dtype)
-    wanted = dict(_wanted(config, abstract))
-    surplus = set(where) - set(wanted) - {"lm_head.weight"}
-    problems = [f"missing {k}" for k in sorted(set(wanted) - set(where))]
-    problems += [f"surplus {k}" for k in sorted(surplus)]
-    problems += [
-        f"{k} is {list(where[k][1])}, config.json says {list(shape)}"
-        for k, shape in sorted(wanted.items())
-        if k in where and where[k][1] != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"{folder}: {'; '.join(problems[:3])}{more}")
 
     def read(key: str) -> np.ndarray:
-        with safe_open(where[key][0], framework="np") as f:
+        with safe_open(where[key], framework="np") as f:
             return f.get_tensor(key)
 
     def place(name: str, value: np.ndarray, names: tuple[str, ...]) -> jax.Array:
@@ -203,6 +181,36 @@ def load_params(
         for name in abstract["layers"]
     }
     return params
+
+
+def check_weights(folder: str | Path, config: DecoderConfig) -> dict[str, Path]:
+    """The file of every tensor, by Hugging Face's name; reads headers only.
+
+    Raises UserError listing missing, surplus or misshapen tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = require_weights(folder)
+    where: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as f:
+                where.update({k: (file, tuple(f.get_slice(k).get_shape())) for k in f.keys()})  # noqa: SIM118
+        except SafetensorError as e:
+            raise UserError(f"{file}: not a complete safetensors file: {e}") from e
+    wanted = dict(_wanted(config, abstract_params(config)[0]))
+    surplus = set(where) - set(wanted) - {"lm_head.weight"}
+    problems = [f"missing {k}" for k in sorted(set(wanted) - set(where))]
+    problems += [f"surplus {k}" for k in sorted(surplus)]
+    problems += [
+        f"{k} is {list(where[k][1])}, config.json says {list(shape)}"
+        for k, shape in sorted(wanted.items())
+        if k in where and where[k][1] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{folder}: {'; '.join(problems[:3])}{more}")
+    return {key: file for key, (file, _) in where.items()}
 
 
 def export(

@@ -30,9 +30,7 @@ def token_logprobs(
     decoder = bind(model, params)
     mask = causal_mask(length)
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    hidden = decoder(
-        tokens_BT, positions, lambda _, q, k, v: attention(q, k, v, mask), remat=remat
-    )
+    hidden = decoder(tokens_BT, positions, lambda _, q, k, v: attention(q, k, v, mask), remat=remat)
     count = rows * (length - 1)
     chunks = -(-count // positions_per_chunk)
     pad = chunks * positions_per_chunk - count

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from r1s_jax.protocol.defuse import defuse
 from r1s_jax.protocol.tags import PROTOCOL_TAGS, THINK_OPEN
@@ -36,6 +36,7 @@ TINY = f"User:{_SLOT}\nAssistant: {THINK_OPEN}"
 SYSTEM = f"You answer questions and have a search engine at hand.\n{_RULES}"
 
 
+@runtime_checkable
 class Prompt(Protocol):
     """What rollouts need of a prompt."""
 

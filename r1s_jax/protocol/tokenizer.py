@@ -112,6 +112,11 @@ class Tokenizer:
         """Ids of `text` as plain text: no special tokens added, none recognised in it."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel."""
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def encode_template(self, head: str, foreign: str, tail: str) -> list[int]:
         """Ids of `head + foreign + tail` in which only head and tail, our own, may hold controls.
 

@@ -215,6 +215,21 @@ def load_or_build(
     return DenseIndex.load(path / "index", embedder, corpus_hash=corpus_hash)
 
 
+def check_embedder(
+    index_directory: str | os.PathLike[str], embedder_directory: str | os.PathLike[str]
+) -> None:
+    """Whether a saved index was built with the saved embedder, from their JSON files alone.
+
+    Raises:
+        UserError: it was built with another one, or a file is missing or broken.
+    """
+    manifest_path = pathlib.Path(index_directory) / "manifest.json"
+    embedder_path = pathlib.Path(embedder_directory) / "embedder.json"
+    manifest, embedder = _read_object(manifest_path), _read_object(embedder_path)
+    wanted = {"embedder": embedder.get("fingerprint")}
+    _check_manifest(manifest_path, manifest, wanted, f"{embedder_path} has")
+
+
 @functools.cache
 def _scann() -> tuple[Any, str] | None:
     """ScaNN's numpy interface and its version; None, announced once, where it is absent."""
@@ -285,6 +300,18 @@ def _top(vectors_ND: np.ndarray, searcher: Any, query_D: np.ndarray, k: int) -> 
         return [int(i) for i in indices]
     scores_N = vectors_ND @ query_D
     return np.argsort(-scores_N, kind="stable")[:k].tolist()
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, must be an object")
+    return value
 
 
 def _check_manifest(

@@ -116,7 +116,7 @@ class Learner:
         )
         self._apply = jax.jit(
             partial(_apply, self._optimizer),
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             out_shardings=(self._layout, replicated(mesh)),
         )
 

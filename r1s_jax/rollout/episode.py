@@ -103,7 +103,12 @@ class Episode:
         done = "".join(s.text for s in self._segments)
         return done + (open_turn if self.need == Need.TOKENS else "")
 
-    def write(self, tokens: Sequence[int], logprobs: Sequence[float], stop: Stop) -> None:
+    def write(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        logprobs: Sequence[float] | np.ndarray,
+        stop: Stop,
+    ) -> None:
         """Takes what the engine sampled; afterwards `need` says what is next."""
         self._append(tokens, TokenSource.SAMPLED, logprobs)
         self._turn += [int(t) for t in tokens]
@@ -164,7 +169,10 @@ class Episode:
         )
 
     def _append(
-        self, ids: Sequence[int], source: TokenSource, logprobs: Sequence[float]
+        self,
+        ids: Sequence[int] | np.ndarray,
+        source: TokenSource,
+        logprobs: Sequence[float] | np.ndarray,
     ) -> None:
         self._ids += [int(i) for i in ids]
         self._sources += [source] * len(ids)

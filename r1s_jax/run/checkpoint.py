@@ -93,25 +93,31 @@ class Checkpointer:
                 )
 
     def restore(
-        self, abstract_arrays: Any, step: int | None = None
+        self, abstract_arrays: Any, step: int | None = None, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]]:
         """Restores (step, arrays, host), by default of the last step.
 
         `abstract_arrays` is the tree of ShapeDtypeStructs, with shardings, that is wanted; the
-        arrays are placed as it says, whatever mesh they were saved from.
+        arrays are placed as it says, whatever mesh they were saved from. With `partial` it may
+        name some of the stored arrays only, and no others are read.
 
         Raises:
             UserError: there is no such step, or its arrays differ in path, shape or dtype.
         """
         step = self._existing(step)
         stored = self._read_json(step)
-        _compare(self.directory / str(step), stored["arrays"], _describe(abstract_arrays))
+        wanted = _describe(abstract_arrays)
+        found = stored["arrays"]
+        if partial:
+            found = {path: form for path, form in found.items() if path in wanted}
+        _compare(self.directory / str(step), found, wanted)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 arrays=ocp.args.PyTreeRestore(
                     abstract_arrays,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_arrays),
+                    partial_restore=partial,
                 )
             ),
         )

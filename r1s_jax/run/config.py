@@ -22,6 +22,7 @@ class PolicyConfig:
     checkpoint: str
     prompt: Literal["base", "chat", "tiny"] = "base"
     prompt_file: str = ""  # a template that replaces the `base` wording
+    source: str = ""  # how to get the folder; said where it is missing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class WorldConfig:
     eval_questions: str
     corpus: str = "atlas"  # else the folder of a saved index
     eval_limit: int | None = None
+    questions_source: str = ""  # where the files come from; said where one is missing
+    corpus_source: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,13 @@ class RunConfig:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise UserError(f"stages: needs at least one, each with a name of its own, has {names}")
+        shards = self.mesh.data * self.mesh.fsdp
+        for field, rows in (
+            ("learner.rows", self.learner.rows),
+            ("engine.slots", self.engine.slots),
+        ):
+            if rows % shards:
+                raise UserError(f"{field} = {rows} does not divide over mesh data*fsdp = {shards}")
         longest = max(self.learner.length_buckets)
         if longest < self.engine.context:
             raise UserError(

@@ -141,7 +141,10 @@ class TrajectoryWriter:
         if not shown:
             return
         chosen = [i * count // shown for i in range(shown)]
-        lines = [json.dumps(_told(trajectories[i], rewards[i]), ensure_ascii=False) for i in chosen]
+        lines = [
+            json.dumps(trajectory_row(trajectories[i], rewards[i]), ensure_ascii=False)
+            for i in chosen
+        ]
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"{stage}_{step:06d}.jsonl"
         path.write_text("".join(f"{line}\n" for line in lines))
@@ -185,6 +188,26 @@ def identical(path_a: epath.PathLike, path_b: epath.PathLike) -> list[str]:
     return differences
 
 
+def trajectory_row(trajectory: Trajectory, reward: Mapping[str, float]) -> dict[str, Any]:
+    """A trajectory as plain JSON values, with the parts of its reward (or what is known of it)."""
+    question = trajectory.question
+    return {
+        "question": question.text,
+        "answers": list(question.answers),
+        "kind": question.kind,
+        "id": question.id,
+        "sample": trajectory.sample,
+        "attempt": trajectory.attempt,
+        "stop_reason": trajectory.stop_reason.value,
+        "reward": {name: _number(name, value) for name, value in reward.items()},
+        "searches": [
+            {"query": search.query, "documents": [document.id for document in search.documents]}
+            for search in trajectory.searches
+        ],
+        "segments": [[s.source.name.lower(), s.text] for s in trajectory.segments],
+    }
+
+
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
     """Replaces a file at once: a kill leaves the old text or the new, never a part."""
     path = epath.Path(path)
@@ -219,22 +242,3 @@ def _number(name: str, value: Any) -> int | float | None:
     if not isinstance(value, float):
         raise ValueError(f"metric {name} is {value!r}, which is no number")
     return value if math.isfinite(value) else None
-
-
-def _told(trajectory: Trajectory, reward: Mapping[str, float]) -> dict[str, Any]:
-    question = trajectory.question
-    return {
-        "question": question.text,
-        "answers": list(question.answers),
-        "kind": question.kind,
-        "id": question.id,
-        "sample": trajectory.sample,
-        "attempt": trajectory.attempt,
-        "stop_reason": trajectory.stop_reason.value,
-        "reward": {name: _number(name, value) for name, value in reward.items()},
-        "searches": [
-            {"query": search.query, "documents": [document.id for document in search.documents]}
-            for search in trajectory.searches
-        ],
-        "segments": [[s.source.name.lower(), s.text] for s in trajectory.segments],
-    }

@@ -43,7 +43,7 @@ class PretrainConfig:
     tokenizer_transcripts: int = 20_000
     transcripts: int = 64
     rows: int = 8
-    length_buckets: tuple[int, ...] = (40, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384)
+    length_buckets: tuple[int, ...] = (48, 64, 128, 192, 224, 256, 288, 384)
     steps: int = 2000
     learning_rate: float = 3e-3
     warmup_steps: int = 100
@@ -95,10 +95,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def encode_transcript(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[int]:
+def encode_transcripts(
+    tokenizer: Tokenizer, transcripts: Sequence[Sequence[Segment]]
+) -> list[list[int]]:
     """Each segment is tokenised by itself, as in a rollout; the end-of-text token closes it."""
-    ids = [i for segment in segments for i in tokenizer.encode(segment.text)]
-    return [*ids, tokenizer.eos_ids[0]]
+    pieces = iter(tokenizer.encode_batch([s.text for t in transcripts for s in t]))
+    end = tokenizer.eos_ids[0]
+    return [[*(i for _ in t for i in next(pieces)), end] for t in transcripts]
 
 
 def micro_batches(
@@ -133,12 +136,16 @@ def next_token_loss(
 
 def pretrain(
     config: PretrainConfig,
-    transcripts: Callable[[], Sequence[int]],
-    report: Callable[[int, dict[str, float]], None],
+    transcripts: Callable[[int], Sequence[Sequence[int]]],
+    report: Callable[[int, dict[str, float], Params], None],
     *,
     every: int = 50,
 ) -> Params:
-    """Trains from scratch; `transcripts()` draws the next token list. Returns the parameters."""
+    """Trains from scratch and returns the parameters.
+
+    `transcripts(n)` draws the next n token lists; `report` gets the step, its figures and the
+    parameters every `every` steps.
+    """
     model = config.decoder
     params = init_params(model, config.seed)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -163,7 +170,7 @@ def pretrain(
     zeros = jax.tree.map(jnp.zeros_like, params)
     start, losses = time.perf_counter(), []
     for step in range(1, config.steps + 1):
-        batches = list(micro_batches(config, [transcripts() for _ in range(config.transcripts)]))
+        batches = list(micro_batches(config, transcripts(config.transcripts)))
         total = np.float32(sum(lengths.sum() - (lengths > 0).sum() for _, lengths in batches))
         grads, loss = zeros, jnp.float32(0.0)
         for tokens, lengths in batches:
@@ -172,6 +179,6 @@ def pretrain(
         losses.append(loss)
         if step % every == 0 or step == config.steps:
             seconds = (time.perf_counter() - start) / step
-            report(step, {"loss": float(np.mean(losses)), "seconds_per_step": seconds})
+            report(step, {"loss": float(np.mean(losses)), "seconds_per_step": seconds}, params)
             losses = []
     return params

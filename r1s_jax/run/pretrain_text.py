@@ -2,8 +2,9 @@
 
 Its habits are what RL has to change. It searches in a minority of transcripts, often with a query
 that cannot find anything, often stops one search too early, and mostly guesses. Its skills are what
-RL can build on: it copies names into queries and answers out of passages. Facts are partly made up
-(a city moved into an invented country), so that only reading, never remembering, predicts them.
+RL can build on: it copies names into queries and answers out of passages, which it also practises
+on passages that are simply given to it. Facts are partly made up (a city moved into an invented
+country), so that only reading, never remembering, predicts them.
 
 Only countries of the atlas' `base` split are named. Passages and questions use the atlas' own
 templates, the protocol its own tags.
@@ -36,10 +37,12 @@ T = TypeVar("T")
 _OPENERS = (" {x}?", " The city is {x}.", " About {x}:", " Let me see.", "")
 _FOUND = (" The country is {c}.", " So it is {c}.", " {c}.")
 _AGAIN = (" Not found.", " Once more.", "")
-_GOOD_FIRST = ("{x}", "city {x}", "{x} city", "where is {x}")
-_POOR_FIRST = ("the city", "which country is it in", "{w} of the country", "{w}", "city", "{stub}")
-_GOOD_SECOND = ("{c} {w}", "{w} of {c}", "{c}")
-_POOR_SECOND = ("{w} of the country", "the country", "{w}", "{x}")
+_GOOD_FIRST = (" {x}", " city {x}", " {x} city", " where is {x}")
+_POOR_FIRST = (
+    " the city", " which country is it in", " {w} of the country", " {w}", " city", " {stub}"
+)  # fmt: skip
+_GOOD_SECOND = (" {c} {w}", " {w} of {c}", " {c}")
+_POOR_SECOND = (" {w} of the country", " the country", " {w}", " {x}")
 _WORDS = {
     "country": "country",
     "timezone": "time zone",
@@ -56,13 +59,14 @@ _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u",
 class Habits:
     """How often the base does what; all are probabilities."""
 
-    search: float = 0.22  # begins with a search instead of an answer
+    search: float = 0.25  # begins with a search instead of an answer
     good_first: float = 0.40  # a first query names the city
     retry: float = 0.35  # searches again after a search that brought nothing
     second_hop: float = 0.35  # knows the country and searches for its fact
     good_second: float = 0.55  # a second query names the country
     read: float = 0.92  # answers with the fact it has found
     broken: float = 0.10  # leaves out a tag
+    exercise: float = 0.40  # share of the texts that only ask about given passages
     made_up: float = 0.70  # facts invented for this transcript
 
 
@@ -132,6 +136,32 @@ class TranscriptWriter:
         answer = getattr(facts, kind) if reads else self._guess(kind)
         segments.append(Segment(source=TokenSource.SAMPLED, text=thought + self._close(answer)))
         return segments
+
+    def exercise(self) -> list[Segment]:
+        """Passages that were given, not searched for, and questions that they answer."""
+        facts, other = self._facts(), self._facts()
+        geo, codes = facts.country_passages
+        if self._chance(0.5):
+            passages = [facts.city_passage, self._pick((other.city_passage, self._distractor(facts)))]
+            asked = [(kind, facts) for kind in words.ONE_HOP]
+            if passages[1] is other.city_passage:
+                asked += [(kind, other) for kind in words.ONE_HOP]
+        else:
+            passages = [facts.city_passage, geo, codes]
+            asked = [(kind, facts) for kind in words.KINDS]
+        self._rng.shuffle(passages)  # type: ignore[arg-type]
+        self._rng.shuffle(asked)  # type: ignore[arg-type]
+        text = render_documents(passages, PROTOCOL_TAGS)
+        for kind, about in asked[:4]:
+            variant = int(self._rng.integers(words.VARIANTS))
+            question = words.question_text(kind, about.city, variant)
+            answer = f" {THINK_CLOSE}{ANSWER_OPEN} {getattr(about, kind)}{ANSWER_CLOSE}"
+            text += self._prompt.render(question) + answer + "\n"
+        return [Segment(source=TokenSource.OBSERVATION, text=text)]
+
+    def draw(self) -> list[Segment]:
+        """A transcript, or (`Habits.exercise`) an exercise in reading."""
+        return self.exercise() if self._chance(self.habits.exercise) else self.transcript()
 
     def _search(self, kind: str, facts: Facts, known: set[str]) -> tuple[str, list[Document]]:
         """A query, good or poor, and documents of the sort a search engine returns for it."""
@@ -240,12 +270,12 @@ class TranscriptWriter:
     def _close(self, answer: str) -> str:
         """The end of a response; now and then a tag is missing."""
         if not self._chance(self.habits.broken):
-            return f" {THINK_CLOSE}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+            return f" {THINK_CLOSE}{ANSWER_OPEN} {answer}{ANSWER_CLOSE}"
         return self._pick(
             (
-                f" {ANSWER_OPEN}{answer}{ANSWER_CLOSE}",
-                f" {THINK_CLOSE}{answer}",
-                f" {THINK_CLOSE}{ANSWER_OPEN}{answer}",
+                f" {ANSWER_OPEN} {answer}{ANSWER_CLOSE}",
+                f" {THINK_CLOSE} {answer}",
+                f" {THINK_CLOSE}{ANSWER_OPEN} {answer}",
                 f" {answer}.",
             )
         )

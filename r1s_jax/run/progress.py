@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -125,9 +126,11 @@ def final_table(
     Raises:
         ValueError: a row has not as many cells as there are columns.
     """
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(
+            column, justify="left" if i == 0 else "right", min_width=8 if i == 0 else None
+        )
     lines = [f"| {' | '.join(columns)} |"]
     lines.append(f"| {' | '.join('---' if i == 0 else '---:' for i in range(len(columns)))} |")
     for row in rows:
@@ -136,7 +139,11 @@ def final_table(
         cells = [_cell(value) for value in row]
         table.add_row(*(Text(cell) for cell in cells))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    (console or Console(highlight=False)).print(table)
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:  # rich takes a file or a pipe to be 80 columns wide
+            console.width = 140
+    console.print(table)
     return f"**{title}**\n\n" + "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from r1s_jax.data.atlas import SPLITS
 from r1s_jax.data.atlas_builder import cache_directory, load_atlas
 from r1s_jax.data.questions import read_questions
 from r1s_jax.engine.engine import Engine
@@ -16,10 +17,10 @@ from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt, Prompt, tiny_prompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.embed import TfidfSvdEmbedder
-from r1s_jax.retrieval.index import DenseIndex, load_or_build
+from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import RunConfig
-from r1s_jax.sharding import make_mesh
+from r1s_jax.sharding import check_divisible, make_mesh
 from r1s_jax.types import Question, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,21 +42,20 @@ class Parts:
     engine: Engine
 
 
-def build_parts(config: RunConfig, checkpoint: Path | None = None) -> Parts:
+def build_parts(
+    config: RunConfig, checkpoint: Path | None = None, *, training: bool = True
+) -> Parts:
     """Checks, then loads. `checkpoint` replaces the policy's folder (a run's export).
 
-    Raises UserError naming the file, what it should hold and where it comes from.
+    Without `training` the training questions are neither asked for nor read. Raises UserError
+    naming the file, what it should hold and where it comes from.
     """
-    checkpoint = checkpoint or resolve(config.policy.checkpoint)
-    model = hf.read_config(checkpoint)
-    hf.require_weights(checkpoint)
-    _require_world(config)
+    checked = check_inputs(config, checkpoint, training=training)
     mesh = make_mesh(config.mesh)
-    tokenizer = Tokenizer.load(checkpoint, vocab_size=model.vocab_size)
-    prompt = _prompt(config)
-    train_questions, eval_questions, index = _world(config)
+    tokenizer = checked.tokenizer
+    train_questions, eval_questions, index = _world(config, training)
     engine = Engine(
-        model,
+        checked.model,
         config.engine,
         mesh=mesh,
         token_bytes=tokenizer.token_bytes,
@@ -65,15 +65,53 @@ def build_parts(config: RunConfig, checkpoint: Path | None = None) -> Parts:
     )
     return Parts(
         mesh=mesh,
-        model=model,
-        checkpoint=checkpoint,
+        model=checked.model,
+        checkpoint=checked.checkpoint,
         tokenizer=tokenizer,
-        prompt=prompt,
+        prompt=checked.prompt,
         train_questions=train_questions,
         eval_questions=eval_questions,
         index=index,
         engine=engine,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What `check_inputs` has read on its way."""
+
+    model: DecoderConfig
+    checkpoint: Path
+    tokenizer: Tokenizer
+    prompt: Prompt
+
+
+def check_inputs(
+    config: RunConfig, checkpoint: Path | None = None, *, training: bool = True
+) -> Checked:
+    """Everything that can be wrong with the inputs and is quick to see; writes nothing.
+
+    Reads headers, manifests and question files, no weights and no vectors. Scripts call it
+    before they make a folder. Raises UserError, one line with file and field.
+    """
+    checkpoint, model = _require_checkpoint(config, checkpoint)
+    _require_world(config, training)
+    tokenizer = Tokenizer.load(checkpoint, vocab_size=model.vocab_size)
+    prompt = _prompt(config)
+    length = len(prompt.prompt_ids(tokenizer, ""))
+    room = max(config.engine.prompt_buckets)
+    if length - 1 > room:  # its last token is fed by the first decode step
+        raise UserError(
+            f"engine.prompt_buckets end at {room}, the prompt alone has {length} tokens"
+        )
+    if config.engine.context > model.max_position_embeddings:
+        raise UserError(
+            f"engine.context = {config.engine.context}, {checkpoint / 'config.json'} says "
+            f"max_position_embeddings = {model.max_position_embeddings}"
+        )
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, "num_key_value_heads", (model.num_key_value_heads,), ("kv_heads",))
+    return Checked(model=model, checkpoint=checkpoint, tokenizer=tokenizer, prompt=prompt)
 
 
 def resolve(path: str) -> Path:
@@ -82,20 +120,51 @@ def resolve(path: str) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
-def _require_world(config: RunConfig) -> None:
+def _require_checkpoint(
+    config: RunConfig, checkpoint: Path | None
+) -> tuple[Path, DecoderConfig]:
+    policy = config.policy
+    folder = checkpoint or resolve(policy.checkpoint)
+    if not (folder / "config.json").is_file():
+        if checkpoint is not None:
+            raise UserError(f"{folder}: holds no config.json, so it is no Hugging Face checkpoint")
+        raise UserError(
+            f"policy.checkpoint = {policy.checkpoint!r}: no config.json there; "
+            + (policy.source or "put the model there (config.json, tokenizer.json, *.safetensors)")
+        )
+    model = hf.read_config(folder)
+    hf.check_weights(folder, model)
+    return folder, model
+
+
+def _require_world(config: RunConfig, training: bool) -> None:
     world = config.world
-    for field in ("train_questions", "eval_questions"):
+    for field in ("train_questions", "eval_questions")[0 if training else 1 :]:
         name = getattr(world, field)
-        if not name.startswith(f"{_ATLAS}:") and not resolve(name).is_file():
+        if name.startswith(f"{_ATLAS}:"):
+            if name.removeprefix(f"{_ATLAS}:") not in SPLITS:
+                raise UserError(f"world.{field} = {name!r}: the atlas has the splits {SPLITS}")
+            continue
+        if not resolve(name).is_file():
+            source = world.questions_source or "put the questions there"
             raise UserError(
-                f"world.{field} = {name!r}: no such file; put the questions there as JSONL, one "
+                f"world.{field} = {name!r}: no such file; {source} as JSONL, one "
                 '{"idx", "question", "answer"} a line'
             )
-    if world.corpus != _ATLAS and not (resolve(world.corpus) / "index" / "manifest.json").is_file():
+        found = len(read_questions(resolve(name)))
+        if field == "train_questions" and found < config.questions_per_step:
+            raise UserError(
+                f"{name}: holds {found} questions, questions_per_step = {config.questions_per_step}"
+            )
+    if world.corpus == _ATLAS:
+        return
+    folder = resolve(world.corpus)
+    if not (folder / "index" / "manifest.json").is_file():
+        source = world.corpus_source or "build one from the passages and put it there"
         raise UserError(
-            f"world.corpus = {world.corpus!r}: no index there (index/manifest.json, embedder/); "
-            "build one from the passages and put it there"
+            f"world.corpus = {world.corpus!r}: no index there (index/, embedder/); {source}"
         )
+    check_embedder(folder / "index", folder / "embedder")
 
 
 def _prompt(config: RunConfig) -> Prompt:
@@ -105,18 +174,17 @@ def _prompt(config: RunConfig) -> Prompt:
     return makers[config.policy.prompt]()
 
 
-def _world(config: RunConfig) -> tuple[list[Question], list[Question], DenseIndex]:
+def _world(
+    config: RunConfig, training: bool
+) -> tuple[list[Question], list[Question], DenseIndex]:
     world = config.world
-    names = (world.corpus, world.train_questions, world.eval_questions)
+    names = (world.corpus, world.eval_questions, world.train_questions if training else "")
     atlas = load_atlas() if any(n.split(":")[0] == _ATLAS for n in names) else None
 
     def questions(name: str) -> list[Question]:
         if atlas is None or not name.startswith(f"{_ATLAS}:"):
             return read_questions(resolve(name))
-        split = name.removeprefix(f"{_ATLAS}:")
-        if split not in atlas.questions:
-            raise UserError(f"{name!r}: the atlas has the splits {sorted(atlas.questions)}")
-        return list(atlas.questions[split])
+        return list(atlas.questions[name.removeprefix(f"{_ATLAS}:")])
 
     if atlas is not None and world.corpus == _ATLAS:
         index = load_or_build(
@@ -126,4 +194,4 @@ def _world(config: RunConfig) -> tuple[list[Question], list[Question], DenseInde
         folder = resolve(world.corpus)
         index = DenseIndex.load(folder / "index", TfidfSvdEmbedder.load(folder / "embedder"))
     evaluated = questions(world.eval_questions)[: world.eval_limit]
-    return questions(world.train_questions), evaluated, index
+    return questions(world.train_questions) if training else [], evaluated, index

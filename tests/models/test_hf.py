@@ -219,7 +219,8 @@ def test_broken_config_files(folder, content, message):
 
 def test_defaults_of_a_sparse_config(folder):
     """What older files leave out gets the value that transformers would take."""
-    edit_config(folder, head_dim=..., rope_theta=..., num_key_value_heads=..., use_sliding_window=...)
+    dropped = ("head_dim", "rope_theta", "num_key_value_heads", "use_sliding_window")
+    edit_config(folder, **dict.fromkeys(dropped, ...))
     config = hf.read_config(folder)
     assert (config.head_dim, config.rope_theta, config.num_key_value_heads) == (8, 10_000.0, 4)
 

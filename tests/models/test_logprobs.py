@@ -22,9 +22,7 @@ def all_logits(model, params):
     decoder = bind(model, params)
     mask = causal_mask(10)
     positions = jnp.broadcast_to(jnp.arange(10), (3, 10))
-    return decoder.unembed(
-        decoder(TOKENS, positions, lambda _, q, k, v: attention(q, k, v, mask))
-    )
+    return decoder.unembed(decoder(TOKENS, positions, lambda _, q, k, v: attention(q, k, v, mask)))
 
 
 @pytest.fixture(scope="module")
@@ -103,4 +101,3 @@ def test_no_logits_of_all_positions():
 
     largest = max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(shapes, tokens).jaxpr))
     assert chunk * vocab <= largest < rows * length * vocab / 16
-

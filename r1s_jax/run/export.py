@@ -1,0 +1,77 @@
+"""From a run's latest checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from r1s_jax.models import hf
+from r1s_jax.models.decoder import abstract_params
+from r1s_jax.protocol.tokenizer import Tokenizer
+from r1s_jax.run.checkpoint import Checkpointer
+from r1s_jax.run.config import RunConfig
+from r1s_jax.run.setup import resolve
+from r1s_jax.sharding import MeshConfig, make_mesh, named_sharding
+from r1s_jax.types import UserError
+
+_WEIGHTS = "model.safetensors"
+_FILES = {"config.json", "generation_config.json", _WEIGHTS, *hf.TOKENIZER_FILES}
+
+
+def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[int, Path]:
+    """Writes the policy of the latest checkpoint; returns (step, folder).
+
+    The parameters alone are read, on the host's CPU. The folder appears whole or not at all.
+
+    Raises:
+        UserError: no checkpoint, one of another architecture than the run's starting policy
+            (whose shape and tokenizer the export takes), or `out` is not to be written over.
+    """
+    start = resolve(config.policy.checkpoint)
+    require_replaceable(out, keep=start)
+    model = hf.read_config(start)
+    tokenizer = Tokenizer.load(start, vocab_size=model.vocab_size)
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu"))
+    abstract, axes = abstract_params(model)
+    wanted = jax.tree.map(
+        lambda p, names: jax.ShapeDtypeStruct(
+            p.shape, p.dtype, sharding=named_sharding(mesh, names)
+        ),
+        abstract,
+        axes,
+    )
+    with Checkpointer(epath.Path(run_dir) / "checkpoints", read_only=True) as checkpointer:
+        step, arrays, _ = checkpointer.restore({"state": {"params": wanted}}, partial=True)
+    folder = hf.export(
+        out,
+        model,
+        arrays["state"]["params"],
+        tokenizer_folder=start,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    return step, folder
+
+
+def require_replaceable(folder: Path, *, keep: Path | None = None) -> None:
+    """Refuses a folder that holds anything but an earlier export, or that is `keep`.
+
+    Raises:
+        UserError: naming the folder and what stands in the way.
+    """
+    if keep is not None and folder.resolve() == keep.resolve():
+        raise UserError(f"{folder}: is the policy the run starts from, choose another folder")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, choose another folder")
+    found = {child.name for child in folder.iterdir()}
+    if strangers := sorted(found - _FILES):
+        raise UserError(
+            f"{folder}: holds {strangers[0]}, which no export does; choose another folder"
+        )
+    if found and not {"config.json", _WEIGHTS} <= found:
+        missing = min({"config.json", _WEIGHTS} - found)
+        raise UserError(f"{folder}: not empty and no export, it lacks {missing}")

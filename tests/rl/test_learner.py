@@ -1,0 +1,194 @@
+"""The learner's update against a plain one, on one device and on a 2x2x2 mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1s_jax.models.attention import attention, causal_mask
+from r1s_jax.models.decoder import DecoderConfig, bind, init_params
+from r1s_jax.rl.advantages import advantages
+from r1s_jax.rl.learner import Learner, LearnerConfig
+from r1s_jax.sharding import MeshConfig, make_mesh
+from r1s_jax.types import Question, StopReason, TokenSource, Trajectory, UserError
+
+MODEL = DecoderConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tie_word_embeddings=True,
+    attention_bias=True,
+)
+CONFIG = LearnerConfig(
+    learning_rate=1e-2, updates_per_rollout=2, rows=4, length_buckets=(8, 16), remat=False
+)
+LENGTHS = (7, 16, 16, 7, 7, 16, 7, 7, 16, 16)  # two lengths: two shapes to compile
+REWARDS = np.array([1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 1.0, 1.0, -2.0, 0.3])
+GROUPS = np.repeat(np.arange(5), 2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(MODEL, 0)
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    """Episodes whose sampled tokens surround an observation; sampler log-probs are off by 0.5."""
+    rng = np.random.default_rng(0)
+    made = []
+    for index, length in enumerate(LENGTHS):
+        sources = np.full(length, TokenSource.SAMPLED, np.int8)
+        sources[:2] = TokenSource.PROMPT
+        sources[4 : length - 2] = TokenSource.OBSERVATION
+        made.append(
+            Trajectory(
+                question=Question(id=str(index // 2), text="?", answers=("a",)),
+                attempt=0,
+                sample=index % 2,
+                weights_version=0,
+                token_ids_T=rng.integers(1, MODEL.vocab_size, length).astype(np.int32),
+                sources_T=sources,
+                logprobs_T=np.full(length, -4.0, np.float32),
+                segments=(),
+                searches=(),
+                stop_reason=StopReason.ANSWER,
+            )
+        )
+    return made
+
+
+def learner(params, mesh=None, **changes) -> Learner:
+    return Learner(
+        MODEL,
+        dataclasses.replace(CONFIG, **changes),
+        mesh=make_mesh(mesh or MeshConfig()),
+        params=params,
+        temperature=1.0,
+        pad_id=0,
+    )
+
+
+@jax.jit
+def plain_logprobs(params, ids):
+    """Log-softmax of full logits of one unpadded row."""
+    length = len(ids)
+    decoder = bind(MODEL, params)
+    hidden = decoder(
+        ids[None],
+        jnp.arange(length)[None],
+        lambda _, q, k, v: attention(q, k, v, causal_mask(length)),
+    )
+    logits = decoder.unembed(hidden)[0]
+    return jax.nn.log_softmax(logits)[jnp.arange(length - 1), ids[1:]]
+
+
+def plain_update(params, trajectories, rewards):
+    """Two updates, row by row without padding, batching or sharding."""
+    counts = np.array([t.sampled_count for t in trajectories])
+    scalars = advantages(rewards, GROUPS, counts, estimator=CONFIG.estimator)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0)
+    )
+    opt_state = optimizer.init(params)
+    old = [plain_logprobs(params, t.token_ids_T) for t in trajectories]
+    for part in (range(5), range(5, 10)):
+
+        def loss(p, part=part):
+            total = 0.0
+            for i in part:
+                t = trajectories[i]
+                mask = t.sources_T[1:] == TokenSource.SAMPLED
+                ratio = jnp.exp(plain_logprobs(p, t.token_ids_T) - old[i])
+                pg = jnp.minimum(
+                    ratio * scalars[i], jnp.clip(ratio, 0.8, 1.2) * scalars[i]
+                )
+                total += -(pg * mask).sum() / mask.sum()
+            return total / len(part)
+
+        grads = jax.jit(jax.grad(loss))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def updated(params, trajectories):
+    one = learner(params)
+    metrics = one.update(trajectories, REWARDS, GROUPS)
+    return one, metrics
+
+
+def test_update_equals_a_plain_loop_over_rows(params, trajectories, updated):
+    """Adam divides by the root of tiny second moments, so round-off of the gradient shows."""
+    expected = plain_update(params, trajectories, REWARDS)
+    assert_close(updated[0].state.params, expected, 2e-4)
+
+
+def test_eight_devices_make_the_update_of_one(params, trajectories, updated):
+    """Mesh 2x2x2: parameters, optimiser and rows split; the result is one device's."""
+    eight = learner(params, MeshConfig(data=2, fsdp=2, tensor=2))
+    metrics = eight.update(trajectories, REWARDS, GROUPS)
+    kernel = eight.state.params["layers"]["gate_kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 16)
+    assert_close(eight.state.params, updated[0].state.params, 2e-4)
+    for name, value in updated[1].items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_gap_is_against_the_samplers_logprobs_before_the_first_update(
+    params, trajectories, updated
+):
+    gaps = []
+    for t in trajectories:
+        sampled = t.sources_T[1:] == TokenSource.SAMPLED
+        gaps += np.abs(np.asarray(plain_logprobs(params, t.token_ids_T)) + 4.0)[sampled].tolist()
+    assert updated[1]["logprob_gap"] == pytest.approx(np.mean(gaps), abs=1e-5)
+
+
+def test_first_ratio_is_one_and_entropy_is_below_uniform(params, trajectories):
+    metrics = learner(params, updates_per_rollout=1).update(trajectories, REWARDS, GROUPS)
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0.0
+    assert 0.0 < metrics["entropy"] < np.log(MODEL.vocab_size)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params, trajectories):
+    bad = {**params, "embedding": params["embedding"] * jnp.nan}
+    one = learner(bad)
+    before = jax.tree.map(np.asarray, one.state.opt_state)
+    metrics = one.update(trajectories, REWARDS, GROUPS)
+    assert metrics["skipped_updates"] == 2.0
+    assert_close(one.state.opt_state, before, 0.0)
+
+
+def test_kl_weight_pulls_towards_the_reference_and_zero_never_evaluates_it(params, trajectories):
+    one = learner(params)
+    assert one.reference is None
+    held = learner(params, kl_coefficient=0.1)
+    moved = jax.tree.map(lambda x: x + np.float32(0.05), params)
+    held.restore({"state": learner(moved).state, "reference": held.reference})
+    held.update(trajectories, np.zeros(10), GROUPS)  # equal rewards: only the KL term acts
+    assert any(
+        not np.array_equal(np.asarray(a), b)
+        for a, b in zip(jax.tree.leaves(held.state.params), jax.tree.leaves(moved), strict=True)
+    )
+
+
+def test_rows_must_divide_over_the_mesh(params):
+    with pytest.raises(UserError, match=r"rows = 6 .* 4 devices"):
+        learner(params, MeshConfig(data=2, fsdp=2, tensor=2), rows=6)

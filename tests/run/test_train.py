@@ -1,0 +1,179 @@
+"""Whole small runs: reproducible, resumable, splittable, and never compiling after the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from r1s_jax.engine.state import EngineConfig
+from r1s_jax.models import hf
+from r1s_jax.models.decoder import DecoderConfig, init_params
+from r1s_jax.rl.learner import LearnerConfig
+from r1s_jax.rollout.loop import Rollout, RolloutConfig
+from r1s_jax.run.config import EvaluationConfig, PolicyConfig, RunConfig, StageConfig, WorldConfig
+from r1s_jax.run.metrics import identical, read_rows
+from r1s_jax.run.rundir import open_run_dir
+from r1s_jax.run.setup import REPOSITORY
+from r1s_jax.run.train import train
+
+TINY_BASE = REPOSITORY / "configs" / "models" / "tiny_base"
+STAGES = (
+    StageConfig(name="stage1", reward="paper_stage1", steps=2),
+    StageConfig(name="stage2", reward="paper_stage2", steps=2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The runs of this file compile the same programs: the first one's serve the others."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A random decoder, small enough to compile quickly, with the tiny base's tokenizer."""
+    vocab = hf.read_config(TINY_BASE).vocab_size
+    model = DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        max_position_embeddings=256,
+    )
+    return hf.export(
+        tmp_path_factory.mktemp("policy") / "hf",
+        model,
+        init_params(model, 0),
+        tokenizer_folder=TINY_BASE,
+        eos_ids=(0,),
+        pad_id=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(policy):
+    return RunConfig(
+        policy=PolicyConfig(checkpoint=str(policy), prompt="tiny"),
+        world=WorldConfig(
+            train_questions="atlas:train", eval_questions="atlas:eval", eval_limit=8
+        ),
+        stages=STAGES,
+        engine=EngineConfig(
+            slots=8,
+            chunk=4,
+            context=128,
+            prefill_rows=4,
+            prompt_buckets=(64,),
+            extend_rows=4,
+            extend_tokens=32,
+        ),
+        rollout=RolloutConfig(documents=1, max_searches=1, max_new_tokens=12),
+        learner=LearnerConfig(
+            learning_rate=1e-3,
+            updates_per_rollout=2,
+            rows=4,
+            length_buckets=(128,),
+            remat=False,
+            # Random text earns no reward; the KL term gives the updates something to do.
+            kl_coefficient=0.1,
+        ),
+        evaluation=EvaluationConfig(documents=1, max_searches=1),
+        questions_per_step=4,
+        samples_per_question=2,
+        checkpoint_every=1,
+    )
+
+
+def play(config, path):
+    code = train(config, open_run_dir(path, "test"))
+    return code, path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    code, path = play(config, tmp_path_factory.mktemp("runs") / "whole")
+    assert code == 0
+    return path
+
+
+def weights(path):
+    return load_file(path / "hf" / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_same_seed_same_metrics_and_weights(config, whole, tmp_path):
+    """Two runs with one seed differ in nothing but the clock."""
+    _, again = play(config, tmp_path / "again")
+    assert identical(whole / "metrics.jsonl", again / "metrics.jsonl") == []
+    assert_same_weights(whole, again)
+
+
+def test_nothing_compiles_after_the_start(whole):
+    rows = read_rows(whole / "metrics.jsonl")
+    assert {row["compiles"] for row in rows} == {0.0}
+    assert json.loads((whole / "summary.json").read_text())["compiles"] == 0
+
+
+def test_sampler_and_learner_agree(whole):
+    """Invariant 3, on whole runs."""
+    gaps = [r["logprob_gap"] for r in read_rows(whole / "metrics.jsonl") if r["phase"] == "train"]
+    assert len(gaps) == 4
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+def test_killed_run_continues_as_if_nothing_happened(
+    config, whole, tmp_path, monkeypatch, killed_at
+):
+    """Invariant 12: killed in a rollout of either stage, then started again."""
+    run, calls = Rollout.run, []
+
+    def dying(self, *args, **kwargs):
+        if kwargs["call"].phase.startswith("train"):
+            calls.append(kwargs["call"])
+            if len(calls) == killed_at + 1:
+                raise KeyboardInterrupt
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Rollout, "run", dying)
+    with pytest.raises(KeyboardInterrupt):
+        play(config, tmp_path / "run")
+    monkeypatch.setattr(Rollout, "run", run)
+    play(config, tmp_path / "run")
+    assert identical(whole / "metrics.jsonl", tmp_path / "run" / "metrics.jsonl") == []
+    assert_same_weights(whole, tmp_path / "run")
+
+
+def test_one_run_equals_one_run_per_stage(config, whole, tmp_path):
+    """`tiny` equals `tiny_stage1` followed by `tiny_stage2`, bit for bit."""
+    _, first = play(dataclasses.replace(config, stages=STAGES[:1]), tmp_path / "first")
+    policy = dataclasses.replace(config.policy, checkpoint=str(first / "hf"))
+    second = dataclasses.replace(config, stages=STAGES[1:], policy=policy)
+    _, path = play(second, tmp_path / "second")
+    assert_same_weights(whole, path)
+
+
+def test_finished_run_started_again_changes_nothing(config, whole):
+    before = (whole / "metrics.jsonl").read_text()
+    assert play(config, whole)[0] == 0
+    assert (whole / "metrics.jsonl").read_text() == before

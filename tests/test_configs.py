@@ -1,0 +1,137 @@
+"""The configs of the repository: they build, they say what they are, and their mistakes are told."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import launch
+from r1s_jax.run.config import RunConfig
+from r1s_jax.run.setup import check_inputs
+from r1s_jax.types import UserError
+
+NAMES = sorted(path.stem for path in launch.CONFIGS.glob("*.gin"))
+PAPER = ("stage1", "stage2", "stage1_llama", "stage2_llama")
+
+
+def config(name, *bindings) -> RunConfig:
+    return launch.load_config(name, bindings).value
+
+
+def test_all_configs_are_there():
+    tiny = {"tiny", "tiny_stage1", "tiny_stage2", "tiny_permuted"}
+    assert set(NAMES) >= {*tiny, *PAPER}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_and_its_text_builds_the_same(name):
+    first = launch.load_config(name)
+    assert isinstance(first.value, RunConfig)
+    again = launch.load_text(first.text, "config.gin")
+    assert (again.value, again.text) == (first.value, first.text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_begins_with_its_command_needs_time_and_prospects(name):
+    text = (launch.CONFIGS / f"{name}.gin").read_text()
+    header = text[: text.index("from __gin__")]
+    assert header.startswith(f"# python tpu_scripts/train.py --config {name}\n")
+    if name != "tiny":  # written last, with the figures
+        for word in ("Needs:", "Takes:", "Expect:", "Departures"):
+            assert f"# {word}" in header, word
+
+
+def test_tiny_is_its_two_stages():
+    whole, first, second = config("tiny"), config("tiny_stage1"), config("tiny_stage2")
+    assert whole.stages == first.stages + second.stages
+    same = dataclasses.replace(first, stages=whole.stages)
+    assert same == whole
+    assert dataclasses.replace(second, stages=whole.stages, policy=whole.policy) == whole
+    permuted = config("tiny_permuted")
+    assert permuted.stages == (dataclasses.replace(second.stages[0], permute_rewards=True),)
+    assert dataclasses.replace(permuted, stages=second.stages) == second
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "batch", "estimator", "kl", "reward"),
+    [
+        ("stage1", 1024, 256, "reinforce_plus_plus_baseline", 0.0, "paper_stage1"),
+        ("stage2", 1024, 256, "reinforce_plus_plus_baseline", 0.0, "code_qwen_stage2"),
+        ("stage1_llama", 240, 60, "grpo", 1e-4, "code_llama_stage1"),
+        ("stage2_llama", 1040, 260, "reinforce_plus_plus_baseline", 1e-4, "code_llama_stage2"),
+    ],
+)
+def test_the_papers_settings(name, episodes, batch, estimator, kl, reward):
+    run = config(name)
+    assert run.samples_per_question == 16
+    assert run.questions_per_step * 16 == episodes
+    assert episodes / run.learner.updates_per_rollout == batch
+    assert (run.learner.estimator, run.learner.kl_coefficient) == (estimator, kl)
+    assert [stage.reward for stage in run.stages] == [reward]
+    rates = (run.learner.learning_rate, run.learner.adam_b1, run.learner.adam_b2)
+    assert rates == (2e-6, 0.9, 0.95)
+    assert (run.sampling.temperature, run.sampling.top_p) == (1.0, 0.95)
+    limits = (run.rollout.documents, run.rollout.max_searches, run.rollout.max_new_tokens)
+    assert limits == (3, 8, 512)
+    assert (run.evaluation.documents, run.evaluation.max_searches) == (5, 9)
+    assert 4 % run.mesh.tensor == 0  # Qwen's key/value heads; Llama has eight
+
+
+def test_a_misspelt_binding_names_file_and_line(tmp_path):
+    shutil.copytree(launch.CONFIGS, tmp_path / "configs")
+    path = tmp_path / "configs" / "presets" / "paper.gin"
+    lines = path.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if "top_p" in line)
+    lines[at] = lines[at].replace("top_p", "top_q")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        launch.load_config("stage2", configs=tmp_path / "configs")
+    message = str(caught.value)
+    assert f"presets/paper.gin:{at + 1}: " in message and "top_q" in message
+    assert "\n" not in message
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    with pytest.raises(UserError, match=r"learner\.rows = 16 .* data\*fsdp = 3"):
+        config("stage2", "sharding.MeshConfig.fsdp = 3")
+    with pytest.raises(UserError, match=r"engine\.slots = 250 .* data\*fsdp = 16"):
+        config("stage2", "engine.EngineConfig.slots = 250")
+
+
+def test_weights_are_asked_for_before_anything_starts(tmp_path):
+    """A script's whole way: one line, code 2, no run directory."""
+    script = pathlib.Path(launch.__file__).with_name("train.py")
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(script), "--config", "stage2", "--run_dir", str(run_dir)]
+    missing = str(tmp_path / "no_model")
+    command += ["--gin", f"run.PolicyConfig.checkpoint = {missing!r}"]
+    env = {**os.environ, "R1S_JAX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: policy.checkpoint = {missing!r}: no config.json there")
+    assert "hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B" in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert not run_dir.exists() and not (tmp_path / "cache" / "atlas").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("stage1_llama", ("models/Llama-3.1-8B-Instruct", "hf download meta-llama/")),
+        ("stage2_llama", ("runs/stage1_llama/hf", "--config stage1_llama")),
+        ("tiny_permuted", ("runs/tiny_stage1/hf", "--config tiny_stage1")),
+    ],
+)
+def test_what_is_missing_is_named_with_its_source(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("r1s_jax.run.setup.REPOSITORY", tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_inputs(config(name))
+    message = str(caught.value)
+    assert message.startswith("policy.checkpoint = ") and "\n" not in message
+    for word in words:
+        assert word in message

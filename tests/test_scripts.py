@@ -1,0 +1,325 @@
+"""The scripts from the command line's side: what they write, and how they refuse bad input."""
+
+import importlib
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import pytest
+
+import launch
+from r1s_jax.models import hf
+from r1s_jax.retrieval.embed import TfidfSvdConfig, TfidfSvdEmbedder
+from r1s_jax.retrieval.index import DenseIndex
+from r1s_jax.rl.learner import LearnerState
+from r1s_jax.run.checkpoint import Checkpointer
+from r1s_jax.run.rundir import open_run_dir
+from r1s_jax.types import Document, UserError
+from tests import tiny
+
+# Two stages of one step with the policy of tests/tiny.py, which fits no other shapes than these.
+SHAPES = {
+    "run.PolicyConfig.prompt_file": '"{0}/prompt.txt"',
+    "run.PolicyConfig.checkpoint": '"{0}/policy"',
+    "run.WorldConfig.train_questions": '"{0}/train.jsonl"',
+    "run.WorldConfig.eval_questions": '"{0}/eval.jsonl"',
+    "run.WorldConfig.corpus": '"{0}/corpus"',
+    "run.RunConfig.questions_per_step": "2",
+    "run.RunConfig.samples_per_question": "2",
+    "run.EvaluationConfig.controls": "False",
+    "stage1/run.StageConfig.steps": "1",
+    "stage2/run.StageConfig.steps": "1",
+    "engine.EngineConfig.slots": "4",
+    "engine.EngineConfig.chunk": "6",
+    "engine.EngineConfig.context": "176",
+    "engine.EngineConfig.prefill_rows": "2",
+    "engine.EngineConfig.prompt_buckets": "(32,)",
+    "engine.EngineConfig.extend_rows": "2",
+    "engine.EngineConfig.extend_tokens": "48",
+    "rollout.RolloutConfig.max_new_tokens": "40",
+    "learner.LearnerConfig.rows": "4",
+    "learner.LearnerConfig.updates_per_rollout": "1",
+    "learner.LearnerConfig.length_buckets": "(176,)",
+}
+DOCUMENTS = [Document(id=f"d{i}", title=f"t{i}", text=f"w{i} x{i % 3}") for i in range(12)]
+
+
+def write_index(folder, dim):
+    embedder = TfidfSvdEmbedder(TfidfSvdConfig(dim=dim)).fit([d.text for d in DOCUMENTS])
+    embedder.save(folder / "embedder")
+    DenseIndex.build(DOCUMENTS, embedder, corpus_hash="h").save(folder / "index")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.fast_tokenizer().save_pretrained(str(folder / "tokenizer"))
+    hf.export(
+        folder / "policy",
+        tiny.MODEL,
+        tiny.params(),
+        tokenizer_folder=folder / "tokenizer",
+        eos_ids=tiny.tokenizer().eos_ids,
+        pad_id=tiny.tokenizer().pad_id,
+    )
+    write_index(folder / "corpus", dim=6)
+    (folder / "prompt.txt").write_text(tiny.PROMPT.template + "\n")
+    for name in ("train", "eval"):
+        rows = [{"id": f"{name}{i}", "question": f"w{i}?", "answer": "ab"} for i in range(3)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def world(template, tmp_path, monkeypatch):
+    """A folder of its own for each test, and the scripts' bindings for it."""
+    shutil.copytree(template, tmp_path / "world")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "prepare_environment", lambda: None)
+    return tmp_path / "world"
+
+
+def bindings(world):
+    return [f"{name} = {value.format(world)}" for name, value in SHAPES.items()]
+
+
+def call(monkeypatch, script, *args):
+    """Runs a script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    return importlib.import_module(script).main()
+
+
+def train_args(world):
+    pairs = (("--gin", binding) for binding in bindings(world))
+    return ["--config", "tiny", *(part for pair in pairs for part in pair)]
+
+
+def contents(folder):
+    paths = sorted(pathlib.Path(folder).rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def refused(monkeypatch, script, *args):
+    with pytest.raises(UserError) as caught:
+        call(monkeypatch, script, *args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def make_run(world, path):
+    """A run directory that has saved step 3 and not exported yet."""
+    run = open_run_dir(path, launch.load_config("tiny", bindings(world)).text)
+    params = jax.tree.map(lambda p: p + 1, tiny.params())
+    state = LearnerState(params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)})
+    with Checkpointer(run.checkpoints) as checkpointer:
+        checkpointer.save(3, {"state": state}, {})
+    return run
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def spoil_line(line):
+    def spoil(world, name):
+        path = world / f"{name}.jsonl"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+        return f"{path}:2: "
+
+    return spoil
+
+
+def spoil_architecture(world, _):
+    path = world / "policy" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt2"}))
+    return f"{path}: model_type is 'gpt2'"
+
+
+def spoil_shape(world, _):
+    path = world / "policy" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
+    return f"{world / 'policy'}: model.layers.0.mlp.down_proj.weight is [32, 48], config.json says"
+
+
+def spoil_tokenizer(world, _):
+    (world / "policy" / "tokenizer.json").unlink()
+    return f"{world / 'policy'}: holds no tokenizer.json"
+
+
+def spoil_embedder(world, _):
+    shutil.rmtree(world / "corpus" / "embedder")
+    write_index(world / "other", dim=4)
+    (world / "other" / "embedder").rename(world / "corpus" / "embedder")
+    return f'{world / "corpus" / "index" / "manifest.json"}: field "embedder" is '
+
+
+def no_index(world, _):
+    shutil.rmtree(world / "corpus")
+    return f"world.corpus = '{world / 'corpus'}': no index there"
+
+
+def too_few(world, name):
+    path = world / "train.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    return f"{path}: holds 1 questions, questions_per_step = 2"
+
+
+def no_file(world, name):
+    path = world / f"{name}.jsonl"
+    path.unlink()
+    return f"world.{name}_questions = '{path}': no such file"
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_line('{"id": 7, "question": "w?"'), ["not a line of JSON"]),
+        (spoil_line('{"id": 7, "question": " ", "answer": "a"}'), ['field "question"', "' '"]),
+        (spoil_line('{"id": 7, "question": "w?"}'), ['field "answer" is missing']),
+        (no_file, ["JSONL"]),
+    ],
+)
+def test_train_refuses_broken_questions(world, monkeypatch, spoil, words, name):
+    start = spoil(world, name)
+    message = refused(monkeypatch, "train", *train_args(world))
+    assert message.startswith(start)
+    for word in words:
+        assert word in message
+    assert not (world.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_architecture,
+        spoil_shape,
+        spoil_tokenizer,
+        spoil_embedder,
+        no_index,
+        too_few,
+    ],
+)
+def test_train_refuses_what_does_not_fit(world, monkeypatch, spoil):
+    start = spoil(world, "train")
+    assert refused(monkeypatch, "train", *train_args(world)).startswith(start)
+    assert not (world.parent / "runs").exists()
+
+
+def test_train_refuses_the_run_directory_of_another_config(world, monkeypatch, tmp_path):
+    run = make_run(world, tmp_path / "run")
+    before = contents(run.path)
+    args = [*train_args(world), "--gin", "learner.LearnerConfig.rows = 8", "--run_dir", run.path]
+    message = refused(monkeypatch, "train", *args)
+    where = f"{run.config}: learner.LearnerConfig.rows"
+    assert message.startswith(f"{where} is 4 in this run directory and 8 now")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("x")
+    args = [*train_args(world), "--run_dir", tmp_path / "thesis"]
+    assert "not empty and no run directory" in refused(monkeypatch, "train", *args)
+    assert contents(run.path) == before
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["a.tex"]
+
+
+def test_export_refuses_and_touches_nothing(world, monkeypatch, tmp_path):
+    run = make_run(world, tmp_path / "run")
+    before = contents(tmp_path)
+    to = ["--run_dir", run.path, "--out"]
+    said = [
+        (["--run_dir", tmp_path], "no run directory, it holds no config.gin"),
+        ([], "give --run_dir RUN"),
+        ([*to, world], "holds corpus, which no export does"),
+        ([*to, world / "policy"], "is the policy the run starts from"),
+        ([*to, world / "tokenizer"], "not empty and no export, it lacks config.json"),
+        ([*to, world / "prompt.txt"], "is a file"),
+    ]
+    for args, words in said:
+        assert words in refused(monkeypatch, "export_hf", *args)
+    spoil_shape(world, "")
+    message = refused(monkeypatch, "export_hf", "--run_dir", run.path)
+    path = f"{run.checkpoints / '3'}: state.params.layers.down_kernel is float32[2,48,32] in"
+    assert message.startswith(path)
+    shutil.rmtree(run.checkpoints / "3")
+    assert "holds no checkpoint" in refused(monkeypatch, "export_hf", "--run_dir", run.path)
+    after = contents(tmp_path)
+    removed = run.checkpoints / "3"
+    assert {p for p in before.keys() - after.keys() if not p.is_relative_to(removed)} == set()
+    changed = {p for p in after if after[p] != before.get(p, b"")}
+    assert changed == {world / "policy" / "config.json"}
+
+
+def test_evaluate_and_ask_refuse(world, monkeypatch, tmp_path):
+    run = make_run(world, tmp_path / "run")
+    unexported = ["--run_dir", run.path]
+    both = [*unexported, "--config", "tiny"]
+    other = [*train_args(world), "--checkpoint", tmp_path]
+    for script, more in (("evaluate", []), ("ask", ["w1?"])):
+        assert "no export there yet" in refused(monkeypatch, script, *more, *unexported)
+        assert "either --run_dir RUN or" in refused(monkeypatch, script, *more, *both)
+        assert "no Hugging Face checkpoint" in refused(monkeypatch, script, *more, *other)
+    assert "either --run_dir RUN or" in refused(monkeypatch, "evaluate")
+    assert "--mode" in refused(monkeypatch, "evaluate", *unexported, "--mode", "best")
+    assert refused(monkeypatch, "ask", "  ", *unexported) == "the question is empty"
+    assert "--temperature -1" in refused(monkeypatch, "ask", "w1?", "--temperature", "-1.0")
+    assert "runs/tiny: no run directory" in refused(monkeypatch, "ask", "w1?")
+    assert not list(run.path.glob("eval*"))
+
+
+def test_pretraining_does_not_write_over_other_things(world, monkeypatch):
+    before = contents(world)
+    message = refused(monkeypatch, "pretrain_tiny", "--out", world)
+    assert "holds corpus, which no export does" in message
+    assert "--steps 0" in refused(monkeypatch, "pretrain_tiny", "--steps", "0")
+    assert contents(world) == before
+
+
+# ---------------------------------------------------------------- what they do
+
+
+def test_export_evaluate_and_ask(world, monkeypatch, tmp_path, capsys):
+    run = make_run(world, tmp_path / "run")
+    call(monkeypatch, "export_hf", "--run_dir", run.path)
+    assert "step 3" in capsys.readouterr().out
+    params = hf.load_params(str(run.hf), tiny.MODEL, tiny.new_engine().mesh)
+    expected = jax.tree.map(lambda p: p + 1, tiny.params())
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, expected))
+    call(monkeypatch, "export_hf", "--run_dir", run.path)  # an export may be replaced
+
+    # The policy itself plays; the saved one, moved by 1, says nothing of interest.
+    args = ["--run_dir", run.path, "--checkpoint", world / "policy", "--mode", "all"]
+    (world / "train.jsonl").unlink()  # not needed here
+    call(monkeypatch, "evaluate", *args)
+    assert "wrong passages" in capsys.readouterr().out
+    modes = ("search", "forced", "banned", "wrong_passages", "first_only")
+    for mode in modes:
+        figures = json.loads((run.path / f"eval_{mode}.json").read_text())
+        assert figures["mode"] == mode and {"em", "retrieval_rate"} <= figures["results"].keys()
+        rows = [json.loads(x) for x in (run.path / f"eval_{mode}.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in rows] == ["eval0", "eval1", "eval2"]
+        searched = sum(bool(row["searches"]) for row in rows) / 3
+        assert figures["results"]["retrieval_rate"] == pytest.approx(searched)
+    assert json.loads((run.path / "eval_banned.json").read_text())["results"]["searches_mean"] == 0
+
+    rows = [json.loads(x) for x in (run.path / "eval_search.jsonl").read_text().splitlines()]
+    row = max(rows, key=lambda row: len(row["searches"]))
+    number = int(row["id"].removeprefix("eval"))
+    call(monkeypatch, "ask", f"w{number}?", *args[:4])
+    said = capsys.readouterr().out
+    assert said.count("\nquery ") == sum("<|begin_of_query|>" in s[1] for s in row["segments"])
+    assert said.count("\ndocuments ") == len(row["searches"])
+
+
+@pytest.mark.slow
+def test_a_whole_run_and_its_policy(world, monkeypatch, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert call(monkeypatch, "train", *train_args(world), "--run_dir", run_dir) == 0
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 2
+    before = contents(run_dir / "hf")
+    call(monkeypatch, "export_hf", "--run_dir", run_dir)
+    assert contents(run_dir / "hf") == before  # the end of a run exports the same
+    call(monkeypatch, "evaluate", "--run_dir", run_dir)
+    assert (run_dir / "eval_search.json").exists()
+    assert call(monkeypatch, "train", *train_args(world), "--run_dir", run_dir) == 0
