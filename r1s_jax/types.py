@@ -24,7 +24,7 @@ import numpy as np
 
 
 class UserError(Exception):
-    """A mistake at the boundary (file, field, option): one line, exit code 2, nothing overwritten."""
+    """A mistake in the input (file, field, option): one line, exit code 2, nothing overwritten."""
 
 
 class TokenSource(enum.IntEnum):

@@ -1,4 +1,4 @@
-"""The configs of the repository: they build, they say what they are, and their mistakes are told."""
+"""The configs of the repository: they build, they explain themselves, mistakes are told."""
 
 import dataclasses
 import os

@@ -113,7 +113,9 @@ def make_run(world, path):
     """A run directory that has saved step 3 and not exported yet."""
     run = open_run_dir(path, launch.load_config("tiny", bindings(world)).text)
     params = jax.tree.map(lambda p: p + 1, tiny.params())
-    state = LearnerState(params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)})
+    state = LearnerState(
+        params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)}
+    )
     with Checkpointer(run.checkpoints) as checkpointer:
         checkpointer.save(3, {"state": state}, {})
     return run

@@ -53,7 +53,7 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "country": (
         "In which country is {city}?",
         "Which country does {city} belong to?",
-        "{city} is a city of which country?",
+        "Name the country of {city}.",
     ),
     "timezone": (
         "In which time zone is {city}?",
@@ -67,23 +67,23 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
     "capital": (
         "What is the capital of the country where {city} lies?",
-        "{city} is in a country with which capital?",
+        "Name the capital of the country of {city}.",
         "Which city is the capital of the country that {city} is in?",
     ),
     "calling_code": (
         "What is the calling code of the country where {city} lies?",
         "Which calling code reaches the country of {city}?",
-        "{city} is in a country with which calling code?",
+        "Name the calling code of the country of {city}.",
     ),
     "currency": (
         "What is the currency code of the country where {city} lies?",
         "Which currency code is used in the country of {city}?",
-        "{city} is in a country with which currency code?",
+        "Name the currency code of the country of {city}.",
     ),
     "domain": (
         "What is the top-level domain of the country where {city} lies?",
         "Which top-level domain has the country of {city}?",
-        "{city} is in a country with which top-level domain?",
+        "Name the top-level domain of the country of {city}.",
     ),
 }
 

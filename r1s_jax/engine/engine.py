@@ -261,14 +261,14 @@ class Engine:
     def _stop_tables(self, banned: tuple[str, ...]) -> StopTables:
         if banned not in self._tables:
             ban = StopAutomaton.build(banned, self._token_bytes if banned else [b""])
-            tables = StopTables(
-                next_SV=self._stops.table.astype(np.int32),
-                accepting_S=self._stops.accepting,
-                eos_ids=self._eos_ids,
-                banned_next_SV=ban.table.astype(np.int32),
-                banned_accepting_S=ban.accepting,
+            put = partial(jax.device_put, device=replicated(self.mesh))
+            self._tables[banned] = StopTables(
+                next_SV=put(self._stops.table.astype(np.int32)),
+                accepting_S=put(self._stops.accepting),
+                eos_ids=put(self._eos_ids),
+                banned_next_SV=put(ban.table.astype(np.int32)),
+                banned_accepting_S=put(ban.accepting),
             )
-            self._tables[banned] = jax.device_put(tables, replicated(self.mesh))
         return self._tables[banned]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -279,10 +280,13 @@ def cached_attention(
     for other in scores[1:]:
         peak = jnp.maximum(peak, other.max(axis=-1, keepdims=True))
     weights = [jnp.exp(s - peak) for s in scores]
-    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    mixed = sum(
-        jnp.einsum("bkgts,bksh->bkgth", w.astype(v.dtype), v)
-        for w, (_, v, _) in zip(weights, pieces, strict=True)
+    total = functools.reduce(jnp.add, [w.sum(axis=-1, keepdims=True) for w in weights])
+    mixed = functools.reduce(
+        jnp.add,
+        (
+            jnp.einsum("bkgts,bksh->bkgth", w.astype(v.dtype), v)
+            for w, (_, v, _) in zip(weights, pieces, strict=True)
+        ),
     )
     mixed = mixed / total.astype(mixed.dtype)
     rows, groups, per_group, length, width = q.shape

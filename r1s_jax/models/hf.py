@@ -131,7 +131,7 @@ def config_json(config: DecoderConfig, eos_ids: tuple[int, ...], pad_id: int) ->
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_sliding_window": False,
         "bos_token_id": None,
-        "eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
         "pad_token_id": pad_id,
         "torch_dtype": "float32",
     }

@@ -260,9 +260,7 @@ class Learner:
         )
         return [
             [
-                self._put_rows(
-                    advantages_NT[part][batch.episode_B, : batch.tokens_BT.shape[1]]
-                )
+                self._put_rows(advantages_NT[part][batch.episode_B, : batch.tokens_BT.shape[1]])
                 for batch in batches
             ]
             for part, batches in zip(slices, packed, strict=True)

@@ -23,5 +23,5 @@ class CompileCounter:
         """Stops listening."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, _: float, **__: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         self.count += event == _EVENT

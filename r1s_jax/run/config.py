@@ -66,9 +66,9 @@ class RunConfig:
     engine: EngineConfig
     rollout: RolloutConfig
     learner: LearnerConfig
-    sampling: SamplingConfig = SamplingConfig()
-    mesh: MeshConfig = MeshConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     questions_per_step: int = 64
     samples_per_question: int = 16
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the engine's copy and its cache

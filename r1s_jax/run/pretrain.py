@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from r1s_jax.models.decoder import DecoderConfig, Params, init_params
 from r1s_jax.models.logprobs import token_logprobs
 from r1s_jax.protocol.tokenizer import Tokenizer
-from r1s_jax.types import Segment
+from r1s_jax.types import Segment, TokenSource
 
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
@@ -31,7 +31,7 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """One optimizer step is `transcripts` transcripts, sorted by length into micro-batches."""
+    """One optimizer step is `lessons` texts, sorted by length into micro-batches."""
 
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -40,11 +40,11 @@ class PretrainConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
-    tokenizer_transcripts: int = 20_000
-    transcripts: int = 64
+    tokenizer_texts: int = 20_000
+    lessons: int = 64
     rows: int = 8
     length_buckets: tuple[int, ...] = (48, 64, 128, 192, 224, 256, 288, 384)
-    steps: int = 2000
+    steps: int = 2600
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -95,56 +95,71 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def encode_transcripts(
-    tokenizer: Tokenizer, transcripts: Sequence[Sequence[Segment]]
-) -> list[list[int]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Token ids of a text, and which of them the loss counts: all but retrieved documents, so
+    that the base does not learn to write documents itself."""
+
+    ids: list[int]
+    counted: list[bool]
+
+
+def encode_lessons(tokenizer: Tokenizer, texts: Sequence[Sequence[Segment]]) -> list[Lesson]:
     """Each segment is tokenised by itself, as in a rollout; the end-of-text token closes it."""
-    pieces = iter(tokenizer.encode_batch([s.text for t in transcripts for s in t]))
-    end = tokenizer.eos_ids[0]
-    return [[*(i for _ in t for i in next(pieces)), end] for t in transcripts]
+    pieces = iter(tokenizer.encode_batch([s.text for text in texts for s in text]))
+    lessons = []
+    for text in texts:
+        ids: list[int] = []
+        counted: list[bool] = []
+        for segment in text:
+            piece = next(pieces)
+            ids += piece
+            counted += [segment.source != TokenSource.OBSERVATION] * len(piece)
+        lessons.append(Lesson(ids=[*ids, tokenizer.eos_ids[0]], counted=[*counted, True]))
+    return lessons
 
 
 def micro_batches(
-    config: PretrainConfig, transcripts: Sequence[Sequence[int]]
+    config: PretrainConfig, lessons: Sequence[Lesson]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens [rows, T], lengths [rows]), longest first, each padded to its own bucket."""
-    ordered = sorted(transcripts, key=len, reverse=True)
+    """Yields (tokens, counted), both [rows, T], longest first, each padded to its own bucket."""
+    ordered = sorted(lessons, key=lambda lesson: len(lesson.ids), reverse=True)
+    longest = config.length_buckets[-1]
     for start in range(0, len(ordered), config.rows):
         rows = ordered[start : start + config.rows]
-        longest = config.length_buckets[-1]
-        bucket = min(b for b in config.length_buckets if b >= min(len(rows[0]), longest))
+        bucket = min(b for b in config.length_buckets if b >= min(len(rows[0].ids), longest))
         tokens = np.zeros((config.rows, bucket), np.int32)
-        lengths = np.zeros(config.rows, np.int32)
-        for row, ids in enumerate(rows):
-            lengths[row] = min(len(ids), bucket)
-            tokens[row, : lengths[row]] = ids[:bucket]
-        yield tokens, lengths
+        counted = np.zeros((config.rows, bucket), bool)
+        for row, lesson in enumerate(rows):
+            length = min(len(lesson.ids), bucket)
+            tokens[row, :length] = lesson.ids[:length]
+            counted[row, 1:length] = lesson.counted[1:length]  # nothing predicts the first
+        yield tokens, counted
 
 
 def next_token_loss(
     model: DecoderConfig,
     params: Params,
     tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, " B"],
+    counted_BT: Bool[Array, "B T"],
     total: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Sum of −log p over the real tokens after the first, over `total`."""
+    """Sum of −log p over the counted tokens, over `total`."""
     logprobs_BT, _ = token_logprobs(model, params, tokens_BT)
-    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-    return -(logprobs_BT * real_BT).sum() / total
+    return -jnp.where(counted_BT, logprobs_BT, 0.0).sum() / total
 
 
 def pretrain(
     config: PretrainConfig,
-    transcripts: Callable[[int], Sequence[Sequence[int]]],
+    lessons: Callable[[int], Sequence[Lesson]],
     report: Callable[[int, dict[str, float], Params], None],
     *,
     every: int = 50,
 ) -> Params:
     """Trains from scratch and returns the parameters.
 
-    `transcripts(n)` draws the next n token lists; `report` gets the step, its figures and the
-    parameters every `every` steps.
+    `lessons(n)` draws the next n texts; `report` gets the step, its figures and the parameters
+    every `every` steps.
     """
     model = config.decoder
     params = init_params(model, config.seed)
@@ -170,11 +185,11 @@ def pretrain(
     zeros = jax.tree.map(jnp.zeros_like, params)
     start, losses = time.perf_counter(), []
     for step in range(1, config.steps + 1):
-        batches = list(micro_batches(config, transcripts(config.transcripts)))
-        total = np.float32(sum(lengths.sum() - (lengths > 0).sum() for _, lengths in batches))
+        batches = list(micro_batches(config, lessons(config.lessons)))
+        total = np.float32(sum(counted.sum() for _, counted in batches))
         grads, loss = zeros, jnp.float32(0.0)
-        for tokens, lengths in batches:
-            grads, loss = accumulate(grads, loss, params, tokens, lengths, total)
+        for batch in batches:
+            grads, loss = accumulate(grads, loss, params, *batch, total)
         params, opt_state = update(params, opt_state, grads)
         losses.append(loss)
         if step % every == 0 or step == config.steps:

@@ -14,7 +14,7 @@ from r1s_jax.rollout.loop import Call, Rollout
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.evaluate import evaluate, summarise
 from r1s_jax.run.export import require_replaceable
-from r1s_jax.run.pretrain import PretrainConfig, encode_transcripts, pretrain, train_tokenizer
+from r1s_jax.run.pretrain import PretrainConfig, encode_lessons, pretrain, train_tokenizer
 from r1s_jax.run.pretrain_text import TranscriptWriter
 from r1s_jax.run.setup import Parts
 
@@ -40,7 +40,7 @@ def make_base(
     with tempfile.TemporaryDirectory() as folder:
         texts = writer(_TOKENIZER_SEED)
         train_tokenizer(
-            ("".join(s.text for s in texts.draw()) for _ in range(config.tokenizer_transcripts)),
+            ("".join(s.text for s in texts.draw()) for _ in range(config.tokenizer_texts)),
             config.vocab_size,
             Path(folder),
         )
@@ -49,7 +49,7 @@ def make_base(
         lessons = writer(_TRANSCRIPT_SEED)
         params = pretrain(
             config,
-            lambda n: encode_transcripts(tokenizer, [lessons.draw() for _ in range(n)]),
+            lambda n: encode_lessons(tokenizer, [lessons.draw() for _ in range(n)]),
             lambda step, figures, _: note(f"step {step}/{config.steps}  {_line(figures)}"),
         )
         end = tokenizer.eos_ids[0]
@@ -67,9 +67,7 @@ def habits(
     questions, that search; em, em_forced: exact match on the held-out questions, greedily, as it
     likes and when every response is made to begin with a query.
     """
-    rollout = Rollout(
-        parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout
-    )
+    rollout = Rollout(parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout)
     result = rollout.run(
         parts.train_questions[:questions],
         samples=samples,

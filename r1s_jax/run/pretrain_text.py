@@ -34,7 +34,7 @@ from r1s_jax.types import Document, Segment, TokenSource
 
 T = TypeVar("T")
 
-_OPENERS = (" {x}?", " The city is {x}.", " About {x}:", " Let me see.", "")
+_OPENERS = (" {x}?", " The city is {x}.", " About {x}:")
 _FOUND = (" The country is {c}.", " So it is {c}.", " {c}.")
 _AGAIN = (" Not found.", " Once more.", "")
 _GOOD_FIRST = (" {x}", " city {x}", " {x} city", " where is {x}")
@@ -59,14 +59,14 @@ _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u",
 class Habits:
     """How often the base does what; all are probabilities."""
 
-    search: float = 0.25  # begins with a search instead of an answer
+    search: float = 0.28  # begins with a search instead of an answer
     good_first: float = 0.40  # a first query names the city
     retry: float = 0.35  # searches again after a search that brought nothing
     second_hop: float = 0.35  # knows the country and searches for its fact
     good_second: float = 0.55  # a second query names the country
     read: float = 0.92  # answers with the fact it has found
     broken: float = 0.10  # leaves out a tag
-    exercise: float = 0.40  # share of the texts that only ask about given passages
+    exercise: float = 0.35  # share of the texts that only ask about given passages
     made_up: float = 0.70  # facts invented for this transcript
 
 
@@ -138,11 +138,17 @@ class TranscriptWriter:
         return segments
 
     def exercise(self) -> list[Segment]:
-        """Passages that were given, not searched for, and questions that they answer."""
+        """Passages that were given, not searched for, and questions that they answer.
+
+        All of it is plain text to be learnt, hence one PROMPT segment.
+        """
         facts, other = self._facts(), self._facts()
         geo, codes = facts.country_passages
         if self._chance(0.5):
-            passages = [facts.city_passage, self._pick((other.city_passage, self._distractor(facts)))]
+            passages = [
+                facts.city_passage,
+                self._pick((other.city_passage, self._distractor(facts))),
+            ]
             asked = [(kind, facts) for kind in words.ONE_HOP]
             if passages[1] is other.city_passage:
                 asked += [(kind, other) for kind in words.ONE_HOP]
@@ -157,7 +163,7 @@ class TranscriptWriter:
             question = words.question_text(kind, about.city, variant)
             answer = f" {THINK_CLOSE}{ANSWER_OPEN} {getattr(about, kind)}{ANSWER_CLOSE}"
             text += self._prompt.render(question) + answer + "\n"
-        return [Segment(source=TokenSource.OBSERVATION, text=text)]
+        return [Segment(source=TokenSource.PROMPT, text=text)]
 
     def draw(self) -> list[Segment]:
         """A transcript, or (`Habits.exercise`) an exercise in reading."""

@@ -120,9 +120,7 @@ def resolve(path: str) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
-def _require_checkpoint(
-    config: RunConfig, checkpoint: Path | None
-) -> tuple[Path, DecoderConfig]:
+def _require_checkpoint(config: RunConfig, checkpoint: Path | None) -> tuple[Path, DecoderConfig]:
     policy = config.policy
     folder = checkpoint or resolve(policy.checkpoint)
     if not (folder / "config.json").is_file():
@@ -174,9 +172,7 @@ def _prompt(config: RunConfig) -> Prompt:
     return makers[config.policy.prompt]()
 
 
-def _world(
-    config: RunConfig, training: bool
-) -> tuple[list[Question], list[Question], DenseIndex]:
+def _world(config: RunConfig, training: bool) -> tuple[list[Question], list[Question], DenseIndex]:
     world = config.world
     names = (world.corpus, world.eval_questions, world.train_questions if training else "")
     atlas = load_atlas() if any(n.split(":")[0] == _ATLAS for n in names) else None

@@ -261,7 +261,9 @@ class _Run:
             }
             self.metrics.write(self.at.step, label, "eval", figures)
             folder = label.replace("/", "-")
-            self.samples.write(self.at.step, f"eval-{folder}", trajectories, [{}] * len(trajectories))
+            self.samples.write(
+                self.at.step, f"eval-{folder}", trajectories, [{}] * len(trajectories)
+            )
 
     def _push(self) -> None:
         """Hands the learner's weights to the drained engine."""

@@ -109,9 +109,7 @@ def plain_update(params, trajectories, rewards):
                 t = trajectories[i]
                 mask = t.sources_T[1:] == TokenSource.SAMPLED
                 ratio = jnp.exp(plain_logprobs(p, t.token_ids_T) - old[i])
-                pg = jnp.minimum(
-                    ratio * scalars[i], jnp.clip(ratio, 0.8, 1.2) * scalars[i]
-                )
+                pg = jnp.minimum(ratio * scalars[i], jnp.clip(ratio, 0.8, 1.2) * scalars[i])
                 total += -(pg * mask).sum() / mask.sum()
             return total / len(part)
 

@@ -7,7 +7,10 @@ from r1s_jax.run.ask import LABEL_WIDTH, Telling
 from r1s_jax.types import Document
 
 FOUND = render_documents(
-    [Document(id="1", title="Lyon", text="A city."), Document(id="2", title="Ain", text="A river.")],
+    [
+        Document(id="1", title="Lyon", text="A city."),
+        Document(id="2", title="Ain", text="A river."),
+    ],
     (),
 )
 RESPONSE = (

@@ -68,9 +68,7 @@ def policy(tmp_path_factory):
 def config(policy):
     return RunConfig(
         policy=PolicyConfig(checkpoint=str(policy), prompt="tiny"),
-        world=WorldConfig(
-            train_questions="atlas:train", eval_questions="atlas:eval", eval_limit=8
-        ),
+        world=WorldConfig(train_questions="atlas:train", eval_questions="atlas:eval", eval_limit=8),
         stages=STAGES,
         engine=EngineConfig(
             slots=8,
