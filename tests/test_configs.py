@@ -40,9 +40,8 @@ def test_begins_with_its_command_needs_time_and_prospects(name):
     text = (launch.CONFIGS / f"{name}.gin").read_text()
     header = text[: text.index("from __gin__")]
     assert header.startswith(f"# python tpu_scripts/train.py --config {name}\n")
-    if name != "tiny":  # written last, with the figures
-        for word in ("Needs:", "Takes:", "Expect:", "Departures"):
-            assert f"# {word}" in header, word
+    for word in ("Needs:", "Takes:", "Expect:", "Departures"):
+        assert f"# {word}" in header, word
 
 
 def test_tiny_is_its_two_stages():

@@ -230,9 +230,11 @@ def export(
     if part.exists():
         shutil.rmtree(part)
     part.mkdir(parents=True)
-    save_file(dict(_tensors(params)), part / "model.safetensors", metadata={"format": "pt"})
     raw = config_json(config, eos_ids, pad_id)
     (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    weights = part / "model.safetensors"
+    save_file(dict(_tensors(params)), weights, metadata={"format": "pt"})
+    weights.chmod((part / "config.json").stat().st_mode)  # safetensors makes it private
     generation = {k: raw[k] for k in ("eos_token_id", "pad_token_id")}
     (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in TOKENIZER_FILES:

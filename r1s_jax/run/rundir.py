@@ -60,13 +60,17 @@ class RunDir:
 def open_run_dir(path: epath.PathLike, config_text: str) -> RunDir:
     """Makes a run directory, or opens that of an interrupted run of the same configuration.
 
+    A configuration that did not come as far as its first figure is replaced.
+
     Raises:
         UserError: it belongs to another configuration, or to something else; nothing in it is
             touched.
     """
     run = RunDir(path=epath.Path(path), resumed=(epath.Path(path) / CONFIG).exists())
-    if run.resumed:
+    if run.resumed and _started(run):
         _same_config(run.config, config_text)
+    elif run.resumed:  # nothing was done with the other configuration yet
+        write_text_atomic(run.config, config_text)
     elif run.path.exists() and not run.path.is_dir():
         raise UserError(f"{run.path}: is a file, not a run directory")
     elif run.path.exists():
@@ -91,6 +95,12 @@ def write_json_atomic(path: epath.PathLike, value: Any) -> None:
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, f"{text}\n")
+
+
+def _started(run: RunDir) -> bool:
+    """Whether anything was measured or saved."""
+    written = run.metrics.exists() and bool(run.metrics.read_text().strip())
+    return written or (run.checkpoints.exists() and any(run.checkpoints.iterdir()))
 
 
 def _same_config(file: epath.Path, text: str) -> None:

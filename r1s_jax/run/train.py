@@ -15,6 +15,7 @@ import numpy as np
 
 from r1s_jax.data.curriculum import QuestionStream
 from r1s_jax.data.floors import floors
+from r1s_jax.engine.sampling import row_seed
 from r1s_jax.models import hf
 from r1s_jax.rl.learner import Learner
 from r1s_jax.rl.rewards import reward_by_name
@@ -138,7 +139,9 @@ class _Run:
                 rewards = [reward(t) for t in trajectories]
                 totals = np.array([r.total for r in rewards], np.float64)
                 if stage.permute_rewards:
-                    key = (self.config.seed, self.at.stage, self.at.stage_step)
+                    key = row_seed(
+                        self.config.seed, f"permute/{stage.name}", self.at.stage_step, "", 0, 0
+                    )
                     totals = np.random.default_rng(key).permutation(totals)
 
                 # ---- advantages -> update -> new weights for the engine

@@ -41,7 +41,7 @@ def test_layout_and_resume(tmp_path):
     ],
 )
 def test_another_config_is_one_line_and_nothing_is_touched(tmp_path, text, words):
-    open_run_dir(tmp_path, TEXT)
+    open_run_dir(tmp_path, TEXT).metrics.write_text('{"step": 0}\n')
     before = contents(tmp_path)
     with pytest.raises(UserError) as caught:
         open_run_dir(tmp_path, text)
@@ -49,6 +49,13 @@ def test_another_config_is_one_line_and_nothing_is_touched(tmp_path, text, words
     assert message.startswith(f"{tmp_path}/config.gin: ") and "\n" not in message
     assert words in message
     assert contents(tmp_path) == before
+
+
+def test_a_config_that_came_to_nothing_is_replaced(tmp_path):
+    """A first start that failed must not refuse the corrected configuration."""
+    open_run_dir(tmp_path, TEXT)
+    corrected = TEXT.replace("lr = 0.1", "lr = 0.2")
+    assert open_run_dir(tmp_path, corrected).config.read_text() == corrected
 
 
 def test_other_folders_and_files_are_refused(tmp_path):

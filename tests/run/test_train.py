@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -26,16 +25,6 @@ STAGES = (
     StageConfig(name="stage1", reward="paper_stage1", steps=2),
     StageConfig(name="stage2", reward="paper_stage2", steps=2),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The runs of this file compile the same programs: the first one's serve the others."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
