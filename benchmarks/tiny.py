@@ -117,7 +117,8 @@ def main() -> None:
     report = [
         "# The tiny config, measured\n",
         f"Command: `python benchmarks/tiny.py --seeds {' '.join(map(str, args.seeds))}`; "
-        f"machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
+        f"machine: {os.cpu_count()} cores, {platform.machine()}, "
+        f"Python {platform.python_version()}.",
         "All figures: greedy, all 1,254 held-out questions of the atlas.\n",
         f"- main job (`train.py --config tiny`, seed {seed}, no compilation cache beyond what "
         f"earlier runs on the machine left): {cost['seconds']:.0f} s, "

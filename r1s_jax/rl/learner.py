@@ -189,7 +189,7 @@ class Learner:
         ]
         placed = [[self._put(batch) for batch in batches] for batches in packed]
         old = [self._scores(self.state.params, batches) for batches in placed]
-        weights = self._token_weights(packed, placed, old, slices, rewards_N, group_ids_N)
+        weights, kl = self._token_weights(packed, placed, old, slices, rewards_N, group_ids_N)
         gaps = [
             _gap(batch, np.asarray(o))
             for batches, olds in zip(packed, old, strict=True)
@@ -213,7 +213,7 @@ class Learner:
         metrics = {k: float(np.mean([s[k] for s in sums])) for k in sums[0]}
         metrics["skipped_updates"] = float(sum(s["skipped_updates"] for s in sums))
         metrics["logprob_gap"] = float(sum(g for g, _ in gaps) / max(sum(n for _, n in gaps), 1))
-        return metrics
+        return metrics | kl
 
     def _scores(self, params: Params, batches: Sequence[Batch]) -> list[Array]:
         return [self._score(params, batch.tokens_BT) for batch in batches]
@@ -226,10 +226,13 @@ class Learner:
         slices: list[slice],
         rewards_N: np.ndarray,
         group_ids_N: np.ndarray,
-    ) -> list[list[Array]]:
-        """Advantages per token of every micro-batch; with a KL weight the reference enters."""
+    ) -> tuple[list[list[Array]], dict[str, float]]:
+        """Advantages per token of every micro-batch; with a KL weight the reference enters.
+
+        The second result is then `kl_ref`, the mean of k1 over sampled tokens.
+        """
         if self.reference is None:
-            return [
+            plain = [
                 [
                     self._put_rows(
                         np.repeat(batch.advantages_B[:, None], batch.tokens_BT.shape[1], axis=1)
@@ -238,6 +241,7 @@ class Learner:
                 ]
                 for batches in packed
             ]
+            return plain, {}
         ref = [self._scores(self.reference, batches) for batches in placed]
 
         def whole(values: list[list[Any]]) -> np.ndarray:
@@ -248,23 +252,26 @@ class Learner:
             width = max(p.shape[1] for p in parts)
             return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in parts])
 
+        mask_NT = whole([[b.mask_BT for b in batches] for batches in packed])
+        old_NT, ref_NT = whole(old), whole(ref)
         advantages_NT = token_advantages(
             rewards_N,
             group_ids_N,
-            whole([[b.mask_BT for b in batches] for batches in packed]),
-            whole(old),
-            whole(ref),
+            mask_NT,
+            old_NT,
+            ref_NT,
             kl_coefficient=self.config.kl_coefficient,
             estimator=self.config.estimator,
             drop_zero_variance=self.config.drop_zero_variance,
         )
-        return [
+        weights = [
             [
                 self._put_rows(advantages_NT[part][batch.episode_B, : batch.tokens_BT.shape[1]])
                 for batch in batches
             ]
             for part, batches in zip(slices, packed, strict=True)
         ]
+        return weights, {"kl_ref": float((old_NT - ref_NT)[mask_NT].mean())}
 
     def _put_rows(self, values: np.ndarray) -> Array:
         return jax.device_put(values, named_sharding(self.mesh, ("rows",)))

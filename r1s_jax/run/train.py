@@ -96,12 +96,8 @@ class _Run:
             parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout
         )
         self._restore()
-        self._push()
-        progress.note("compiling every program")
-        parts.engine.warm_up([config.sampling, GREEDY, *[NO_SEARCH] * config.evaluation.controls])
-        self.learner.warm_up()
-        self._push()
-        compiles.reset()
+        if self.at.stage < len(config.stages):
+            self._warm_up()
 
     def stages(self, stop: StopFlag) -> bool:
         """Plays the stages from the present position; False if it was asked to leave."""
@@ -170,11 +166,7 @@ class _Run:
         return True
 
     def finish(self) -> None:
-        """Exports the policy, evaluates the controls, writes the summary, prints the table."""
-        if self.config.evaluation.controls:
-            for mode in CONTROLS:
-                if f"final/{mode}" not in self.at.results and mode != "forced":
-                    self._evaluate("final", mode)
+        """Exports the policy, writes the summary, prints the table."""
         export = hf.export(
             self.run_dir.hf.__fspath__(),
             self.parts.model,
@@ -198,6 +190,16 @@ class _Run:
         )
         final_report(self.at.results, known, [s.name for s in self.config.stages])
         self.progress.note(f"Hugging Face checkpoint: {export}")
+
+    def _warm_up(self) -> None:
+        """Compiles every program for every bucket; from here on nothing should compile."""
+        self.progress.note("compiling every program")
+        self._push()
+        controls = self.config.evaluation.controls
+        self.parts.engine.warm_up([self.config.sampling, GREEDY, *[NO_SEARCH] * controls])
+        self.learner.warm_up()
+        self._push()
+        self.compiles.reset()
 
     def _update(
         self, trajectories: Sequence[Trajectory], totals: np.ndarray, group_ids: np.ndarray
@@ -244,8 +246,12 @@ class _Run:
         self.progress.update(stage.name, self.at.step, total, row)
 
     def _end_stage(self, stage: StageConfig) -> None:
-        """Evaluates, then stands at the start of the next stage with a fresh optimiser."""
+        """Evaluates (after the last stage also the controls), saves the next stage's start."""
         self._evaluate(stage.name)
+        if self.at.stage + 1 == len(self.config.stages) and self.config.evaluation.controls:
+            for mode in CONTROLS:
+                if mode != "forced":  # that one is about the base
+                    self._evaluate("final", mode)
         self.at.stage, self.at.stage_step, self.at.stream = self.at.stage + 1, 0, None
         self.learner.begin_stage()
         self._save()

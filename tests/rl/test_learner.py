@@ -180,7 +180,14 @@ def test_kl_weight_pulls_towards_the_reference_and_zero_never_evaluates_it(param
     held = learner(params, kl_coefficient=0.1)
     moved = jax.tree.map(lambda x: x + np.float32(0.05), params)
     held.restore({"state": learner(moved).state, "reference": held.reference})
-    held.update(trajectories, np.zeros(10), GROUPS)  # equal rewards: only the KL term acts
+    metrics = held.update(trajectories, np.zeros(10), GROUPS)  # only the KL term acts
+    k1 = [
+        np.asarray(plain_logprobs(moved, t.token_ids_T) - plain_logprobs(params, t.token_ids_T))[
+            t.sources_T[1:] == TokenSource.SAMPLED
+        ]
+        for t in trajectories
+    ]
+    assert metrics["kl_ref"] == pytest.approx(np.concatenate(k1).mean(), abs=1e-5)
     assert any(
         not np.array_equal(np.asarray(a), b)
         for a, b in zip(jax.tree.leaves(held.state.params), jax.tree.leaves(moved), strict=True)
