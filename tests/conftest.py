@@ -7,9 +7,14 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# XLA aborts the process where a device waits 40 s for the others; on a busy machine they come late.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+_given = os.environ.get("XLA_FLAGS", "")
+_added = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
 import jax
 from jaxtyping import install_import_hook

@@ -51,8 +51,14 @@ class Layers(nnx.Module):
         c, layers = config, config.num_hidden_layers
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
-        def kernel(fan_in: int, fan_out: int, axes: tuple[str, str]) -> nnx.Param:
-            init = nnx.initializers.normal(fan_in**-0.5)
+        # Blocks begin small beside the embeddings: were they as large or larger, which token
+        # stands where would drown in the residual stream, and copying is learnt late.
+        small = (2 * layers) ** -0.5
+
+        def kernel(
+            fan_in: int, fan_out: int, axes: tuple[str, str], scale: float = 1.0
+        ) -> nnx.Param:
+            init = nnx.initializers.normal(scale * fan_in**-0.5)
             value = init(rngs.params(), (layers, fan_in, fan_out), dtype)
             return nnx.Param(value, axes=("layers", *axes))
 
@@ -63,7 +69,7 @@ class Layers(nnx.Module):
         self.q_kernel = kernel(c.hidden_size, q_width, ("embed", "heads"))
         self.k_kernel = kernel(c.hidden_size, kv_width, ("embed", "kv_heads"))
         self.v_kernel = kernel(c.hidden_size, kv_width, ("embed", "kv_heads"))
-        self.o_kernel = kernel(q_width, c.hidden_size, ("heads", "embed"))
+        self.o_kernel = kernel(q_width, c.hidden_size, ("heads", "embed"), small)
         if c.attention_bias:
             self.q_bias = vector(q_width, "heads", 0.0)
             self.k_bias = vector(kv_width, "kv_heads", 0.0)
@@ -71,7 +77,7 @@ class Layers(nnx.Module):
         self.mlp_norm = vector(c.hidden_size, "norm", 1.0)
         self.gate_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
         self.up_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
-        self.down_kernel = kernel(c.intermediate_size, c.hidden_size, ("ffn", "embed"))
+        self.down_kernel = kernel(c.intermediate_size, c.hidden_size, ("ffn", "embed"), small)
 
 
 class Decoder(nnx.Module):
@@ -80,7 +86,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         vocab_shape = (config.vocab_size, config.hidden_size)
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(config.hidden_size**-0.5)
         self.embedding = nnx.Param(init(rngs.params(), vocab_shape, dtype), axes=("vocab", "embed"))
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
         self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype), axes=("norm",))
