@@ -44,7 +44,7 @@ class PretrainConfig:
     lessons: int = 64
     rows: int = 8
     length_buckets: tuple[int, ...] = (48, 64, 128, 192, 224, 256, 288, 384)
-    steps: int = 2600
+    steps: int = 1000
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
