@@ -16,6 +16,10 @@ _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
+# XLA sizes its thread pool by this; with fewer threads than devices, two devices of a collective
+# can wait for a third that has no thread left to run on.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 from jaxtyping import install_import_hook
 
