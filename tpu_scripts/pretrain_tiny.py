@@ -2,7 +2,7 @@
 
 A byte-level BPE tokenizer and a small Qwen2 decoder, trained with plain next-token loss on
 transcripts about the atlas' `base` countries, in which searching is a minority habit. Takes about
-40 minutes on two CPU cores and writes a Hugging Face folder (configs/models/tiny_base, or --out),
+22 minutes on two idle cores and writes a Hugging Face folder (configs/models/tiny_base, or --out),
 then prints what the base does by itself: how often it searches in samples over the RL questions,
 its exact match on the held-out questions, and the same when it is forced to search.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 # Finite, so that a row with nothing to attend to gives an average and not NaN.
 MASKED = -1e30
@@ -34,11 +34,3 @@ def attention(
 def causal_mask(length: int) -> Bool[Array, "1 T T"]:
     """True on and below the diagonal."""
     return jnp.tril(jnp.ones((length, length), bool))[None]
-
-
-def prefix_mask(
-    lengths_B: Int[Array, " B"], queries: int, capacity: int
-) -> Bool[Array, "B queries S"]:
-    """Each of a row's queries sees the first `lengths_B[b]` of `capacity` cached positions."""
-    seen = jnp.arange(capacity)[None, None] < lengths_B[:, None, None]
-    return jnp.broadcast_to(seen, (lengths_B.shape[0], queries, capacity))

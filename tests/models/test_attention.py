@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.models.attention import attention, causal_mask, prefix_mask
+from r1s_jax.models.attention import attention, causal_mask
 from r1s_jax.models.decoder import rms_norm, rope_table, rotate
 
 RNG = np.random.default_rng(0)
@@ -40,11 +40,9 @@ def test_a_query_that_sees_nothing_is_finite():
     assert np.isfinite(attention(q, k, v, jnp.zeros((1, 2, 2), bool))).all()
 
 
-def test_masks():
-    """Hand-written masks."""
+def test_causal_mask():
+    """A hand-written mask."""
     np.testing.assert_array_equal(causal_mask(3)[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
-    mask = prefix_mask(jnp.array([0, 2]), 2, 3)
-    np.testing.assert_array_equal(mask, [[[0, 0, 0]] * 2, [[1, 1, 0]] * 2])
 
 
 def test_rotation_turns_pairs_by_position():

@@ -30,6 +30,19 @@ class HashEmbedder:
         return np.asarray(row / np.linalg.norm(row), np.float32)
 
 
+class ClusterEmbedder(HashEmbedder):
+    """Twenty tight clusters by the number in a text's first word."""
+
+    def __init__(self):
+        super().__init__("clusters", 32)
+
+    def _row(self, text):
+        number = int(text.split()[0][1:])
+        row = np.random.default_rng(number).normal(size=self.dim) * 0.05
+        row[number % 20] += 1
+        return np.asarray(row / np.linalg.norm(row), np.float32)
+
+
 def _documents(count):
     return [
         Document(id=f"city:{i}", title=f"t{i}", text=f"w{i} w{i % 7}\u2028é") for i in range(count)
@@ -98,17 +111,18 @@ def test_saved_and_loaded_answers_alike(engine, tmp_path):
 def test_a_tree_is_saved_with_the_index_and_survives_a_move(tmp_path):
     pytest.importorskip("scann")
     index = DenseIndex.build(
-        _documents(400), HashEmbedder(), corpus_hash="h", brute_force_limit=100
+        _documents(400), ClusterEmbedder(), corpus_hash="h", brute_force_limit=100
     )
     index.save(tmp_path / "a")
     assert (tmp_path / "a" / "scann").is_dir()
     (tmp_path / "a").rename(tmp_path / "b")
-    loaded = DenseIndex.load(tmp_path / "b", HashEmbedder(), brute_force_limit=100)
+    loaded = DenseIndex.load(tmp_path / "b", ClusterEmbedder(), brute_force_limit=100)
     queries = [f"t{i}" for i in range(50)]
     found = loaded.search(queries, 3)
     assert found == index.search(queries, 3)
-    # Two of twenty leaves are searched, and where k-means puts them is not seeded.
-    assert sum(d.title == q for q, f in zip(queries, found, strict=True) for d in f) >= 5
+    # Two of twenty leaves are searched, and where k-means puts them is not seeded: on clusters it
+    # finds 34 to 39 of 50, on points without any it may find almost none.
+    assert sum(d.title == q for q, f in zip(queries, found, strict=True) for d in f) >= 25
 
 
 @pytest.mark.parametrize(
