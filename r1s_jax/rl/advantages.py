@@ -18,8 +18,8 @@ baseline and the whitening and makes the advantages token-wise: `token_advantage
 Conventions and departures from the released code:
   - rewards are clamped to +-10 before the group baseline;
   - sigma of the whitening is the population one over tokens, sqrt(max(variance, 1e-8));
-  - `drop_zero_variance` (off = faithful) gives groups whose rewards are all equal the advantage 0
-    and leaves them out of the whitening statistics; without it whitening moves them by -mu/sigma.
+  - whitening moves a group whose rewards are all equal by -mu/sigma (faithful). Who wants it
+    gone leaves the episodes of such groups out beforehand: `has_contrast`.
 """
 
 from __future__ import annotations
@@ -77,13 +77,28 @@ def check_group_size(samples_per_question: int, estimator: str) -> None:
         )
 
 
+def has_contrast(
+    rewards_N: Float[np.ndarray, " N"], group_ids_N: Int[np.ndarray, " N"]
+) -> Bool[np.ndarray, " N"]:
+    """True for the episodes of groups whose clamped rewards differ.
+
+    The others say nothing about which sample was better (dynamic sampling of 2503.14476, without
+    drawing replacements). Raises ValueError for a reward that is not finite.
+    """
+    clamped_N = _clamped(rewards_N)
+    contrast_N = np.zeros(clamped_N.shape, bool)
+    for group_id in np.unique(group_ids_N):
+        members = group_ids_N == group_id
+        contrast_N[members] = clamped_N[members].min() < clamped_N[members].max()
+    return contrast_N
+
+
 def advantages(
     rewards_N: Float[np.ndarray, " N"],
     group_ids_N: Int[np.ndarray, " N"],
     token_counts_N: Int[np.ndarray, " N"],
     *,
     estimator: str,
-    drop_zero_variance: bool = False,
 ) -> Float[np.ndarray, " N"]:
     """Advantage of each episode, to be broadcast over its sampled tokens (float32).
 
@@ -95,12 +110,12 @@ def advantages(
     """
     chosen = estimator_by_name(estimator)
     counts_N = np.asarray(token_counts_N, np.float64)
-    grouped_N, alive_N = _group_advantages(rewards_N, group_ids_N, chosen, drop_zero_variance)
+    grouped_N = _group_advantages(rewards_N, group_ids_N, chosen)
     if counts_N.shape != grouped_N.shape:
         raise ValueError(f"{grouped_N.shape} rewards_N but {counts_N.shape} token_counts_N")
     if chosen.whitened:
-        grouped_N = _whiten(grouped_N, counts_N * alive_N)
-    return np.where(alive_N, grouped_N, 0.0).astype(np.float32)
+        grouped_N = _whiten(grouped_N, counts_N)
+    return grouped_N.astype(np.float32)
 
 
 def token_advantages(
@@ -112,7 +127,6 @@ def token_advantages(
     *,
     kl_coefficient: float,
     estimator: str,
-    drop_zero_variance: bool = False,
 ) -> Float[np.ndarray, "N T"]:
     """Token-wise advantages with the KL penalty in the reward (float32, 0 off the mask).
 
@@ -124,16 +138,15 @@ def token_advantages(
     chosen = estimator_by_name(estimator)
     if kl_coefficient < 0.0:
         raise ValueError(f"kl_coefficient = {kl_coefficient}, expected at least 0")
-    grouped_N, alive_N = _group_advantages(rewards_N, group_ids_N, chosen, drop_zero_variance)
+    grouped_N = _group_advantages(rewards_N, group_ids_N, chosen)
     mask_NT = np.asarray(mask_NT, bool)
     if len(mask_NT) != len(grouped_N):
         raise ValueError(f"{len(grouped_N)} rewards but {len(mask_NT)} rows of tokens")
     penalty_NT = kl_returns(old_logprobs_NT, ref_logprobs_NT, mask_NT, kl_coefficient)
     returns_NT = grouped_N[:, None] + penalty_NT
-    alive_NT = mask_NT & alive_N[:, None]
     if chosen.whitened:
-        returns_NT = _whiten(returns_NT, alive_NT.astype(np.float64))
-    return np.where(alive_NT, returns_NT, 0.0).astype(np.float32)
+        returns_NT = _whiten(returns_NT, mask_NT.astype(np.float64))
+    return np.where(mask_NT, returns_NT, 0.0).astype(np.float32)
 
 
 def kl_returns(
@@ -158,30 +171,31 @@ def kl_returns(
 
 
 def _group_advantages(
-    rewards_N: np.ndarray, group_ids_N: np.ndarray, chosen: Estimator, drop_zero_variance: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(what the groups make of the clamped rewards, whether an episode counts), both [N]."""
-    rewards_N = np.asarray(rewards_N, np.float64)
+    rewards_N: np.ndarray, group_ids_N: np.ndarray, chosen: Estimator
+) -> np.ndarray:
+    """[N]: what the groups make of the clamped rewards."""
+    rewards_N = _clamped(rewards_N)
     group_ids_N = np.asarray(group_ids_N)
     if rewards_N.shape != group_ids_N.shape:
         raise ValueError(f"{rewards_N.shape} rewards_N but {group_ids_N.shape} group_ids_N")
-    if not np.isfinite(rewards_N).all():
-        raise ValueError(f"reward {rewards_N[~np.isfinite(rewards_N)][0]} is not finite")
-    rewards_N = np.clip(rewards_N, -REWARD_CLAMP, REWARD_CLAMP)
     grouped_N = np.zeros_like(rewards_N)
-    alive_N = np.ones(rewards_N.shape, bool)
     for group_id in np.unique(group_ids_N):
         members = group_ids_N == group_id
         size = int(members.sum())
         if size < 2:
             raise ValueError(f"group {group_id} has {size} episode, a group baseline needs 2")
         rewards_G = rewards_N[members]
-        if rewards_G.min() == rewards_G.max():
-            # Exactly 0: the rounded mean of equal numbers need not equal them.
-            alive_N[members] = not drop_zero_variance
-        else:
+        # Else exactly 0: the rounded mean of equal numbers need not equal them.
+        if rewards_G.min() < rewards_G.max():
             grouped_N[members] = chosen.of_group(rewards_G)
-    return grouped_N, alive_N
+    return grouped_N
+
+
+def _clamped(rewards_N: np.ndarray) -> np.ndarray:
+    rewards_N = np.asarray(rewards_N, np.float64)
+    if not np.isfinite(rewards_N).all():
+        raise ValueError(f"reward {rewards_N[~np.isfinite(rewards_N)][0]} is not finite")
+    return np.clip(rewards_N, -REWARD_CLAMP, REWARD_CLAMP)
 
 
 def _whiten(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
 from r1s_jax.models.logprobs import token_logprobs
-from r1s_jax.rl.advantages import advantages, estimator_by_name, token_advantages
+from r1s_jax.rl.advantages import advantages, estimator_by_name, has_contrast, token_advantages
 from r1s_jax.rl.batching import Batch, empty_batch, minibatches, pack, unpack
 from r1s_jax.rl.losses import policy_loss, sequence_mean
 from r1s_jax.sharding import check_divisible, named_sharding, replicated
@@ -36,7 +36,7 @@ class LearnerConfig:
     """The recipe's defaults (Qwen2.5-7B)."""
 
     estimator: str = "reinforce_plus_plus_baseline"
-    drop_zero_variance: bool = False
+    drop_zero_variance: bool = False  # leave out groups whose rewards are all equal
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coefficient: float = 0.0
@@ -165,16 +165,22 @@ class Learner:
 
         Returns metrics averaged over the updates. `logprob_gap` is the mean |learner − sampler|
         over sampled tokens, taken before the first update. An update with a gradient that is
-        not finite is skipped and counted in `skipped_updates`.
+        not finite is skipped and counted in `skipped_updates`. `learned_episodes` is how many
+        were not left out (`drop_zero_variance`); without any nothing is updated.
         """
         config = self.config
+        if config.drop_zero_variance:
+            kept = np.flatnonzero(has_contrast(rewards_N, group_ids_N))
+            trajectories = [trajectories[i] for i in kept]
+            rewards_N, group_ids_N = rewards_N[kept], group_ids_N[kept]
+        if not trajectories:
+            return {"learned_episodes": 0.0, "skipped_updates": 0.0}
         counts_N = np.array([t.sampled_count for t in trajectories])
         scalars_N = advantages(
             rewards_N,
             group_ids_N,
             counts_N,
             estimator=config.estimator,
-            drop_zero_variance=config.drop_zero_variance,
         )
         slices = minibatches(len(trajectories), config.updates_per_rollout)
         packed = [
@@ -211,6 +217,7 @@ class Learner:
             for auxes, norms in results
         ]
         metrics = {k: float(np.mean([s[k] for s in sums])) for k in sums[0]}
+        metrics["learned_episodes"] = float(len(trajectories))
         metrics["skipped_updates"] = float(sum(s["skipped_updates"] for s in sums))
         metrics["logprob_gap"] = float(sum(g for g, _ in gaps) / max(sum(n for _, n in gaps), 1))
         return metrics | kl
@@ -262,7 +269,6 @@ class Learner:
             ref_NT,
             kl_coefficient=self.config.kl_coefficient,
             estimator=self.config.estimator,
-            drop_zero_variance=self.config.drop_zero_variance,
         )
         weights = [
             [

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
+from optax.contrib import MuonDimensionNumbers, muon
 
 from r1s_jax.models.decoder import DecoderConfig, Params, init_params
 from r1s_jax.models.logprobs import token_logprobs
@@ -44,8 +45,9 @@ class PretrainConfig:
     lessons: int = 64
     rows: int = 8
     length_buckets: tuple[int, ...] = (48, 64, 128, 192, 224, 256, 288, 384)
-    steps: int = 1000
-    learning_rate: float = 3e-3
+    steps: int = 3000
+    learning_rate: float = 3e-3  # of Adam: embeddings, norms, biases
+    muon_learning_rate: float = 0.02  # of the layers' matrices
     warmup_steps: int = 100
     weight_decay: float = 0.01
     seed: int = 0
@@ -149,6 +151,34 @@ def next_token_loss(
     return -jnp.where(counted_BT, logprobs_BT, 0.0).sum() / total
 
 
+def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) on the layers' matrices, Adam on the rest, after clipping."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(
+            0.0, peak, config.warmup_steps, config.steps, 0.02 * peak
+        )
+
+    def matrices(params: Params) -> Any:
+        """Which axes Muon multiplies: kernels are [L, in, out], orthogonalised per layer."""
+        dims = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return jax.tree.map_with_path(
+            lambda path, _: dims if jax.tree_util.keystr(path[-1:]).endswith("kernel']") else None,
+            params,
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            schedule(config.muon_learning_rate),
+            weight_decay=config.weight_decay,
+            adam_b2=0.98,
+            adam_learning_rate=schedule(config.learning_rate),
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
+
+
 def pretrain(
     config: PretrainConfig,
     lessons: Callable[[int], Sequence[Lesson]],
@@ -163,13 +193,7 @@ def pretrain(
     """
     model = config.decoder
     params = init_params(model, config.seed)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, config.learning_rate * 0.02
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay),
-    )
+    optimizer = make_optimizer(config)
     opt_state = optimizer.init(params)
 
     @jax.jit

@@ -59,8 +59,8 @@ _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u",
 class Habits:
     """How often the base does what; all are probabilities."""
 
-    search: float = 0.28  # begins with a search instead of an answer
-    good_first: float = 0.40  # a first query names the city
+    search: float = 0.22  # begins with a search instead of an answer
+    good_first: float = 0.55  # a first query names the city
     retry: float = 0.35  # searches again after a search that brought nothing
     second_hop: float = 0.35  # knows the country and searches for its fact
     good_second: float = 0.55  # a second query names the country

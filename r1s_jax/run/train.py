@@ -205,8 +205,6 @@ class _Run:
         self, trajectories: Sequence[Trajectory], totals: np.ndarray, group_ids: np.ndarray
     ) -> dict[str, float]:
         """The learner's update; refuses to go on after too many that were not finite."""
-        if not trajectories:
-            return {"skipped_updates": 0.0}
         learned = self.learner.update(trajectories, totals, group_ids)
         skipped = learned["skipped_updates"]
         self.at.skipped_in_a_row = int(self.at.skipped_in_a_row + skipped) if skipped else 0

@@ -7,6 +7,7 @@ from r1s_jax.rl.advantages import (
     advantages,
     check_group_size,
     estimator_by_name,
+    has_contrast,
     kl_returns,
     token_advantages,
 )
@@ -28,7 +29,7 @@ def _random_rollout(seed=0, groups=5, tokens=7):
     return rewards, ids, mask
 
 
-def _token_loop(rewards, ids, mask, estimator, drop, penalty=None):
+def _token_loop(rewards, ids, mask, estimator, penalty=None):
     """The definition, token by token: baseline, reward on the last token, return-to-go, whiten."""
     returns, kept = {}, []
     for i in range(len(rewards)):
@@ -46,8 +47,7 @@ def _token_loop(rewards, ids, mask, estimator, drop, penalty=None):
         for t in reversed(positions):
             flow += reward_t[t]
             returns[i, t] = flow
-            if not (drop and len(set(group)) == 1):
-                kept.append((i, t))
+            kept.append((i, t))
     if estimator == REINFORCE:
         values = [returns[k] for k in kept]
         mean = sum(values) / len(values)
@@ -60,29 +60,24 @@ def _token_loop(rewards, ids, mask, estimator, drop, penalty=None):
 
 
 @pytest.mark.parametrize("estimator", [REINFORCE, "grpo"])
-@pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_episode_advantages_equal_the_token_loop(estimator, drop, seed):
+def test_episode_advantages_equal_the_token_loop(estimator, seed):
     rewards, ids, mask = _random_rollout(seed)
-    got = advantages(rewards, ids, mask.sum(1), estimator=estimator, drop_zero_variance=drop)
+    got = advantages(rewards, ids, mask.sum(1), estimator=estimator)
     assert got.dtype == np.float32
-    want = _token_loop(rewards, ids, mask, estimator, drop)
+    want = _token_loop(rewards, ids, mask, estimator)
     np.testing.assert_allclose(got[:, None] * mask, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("estimator", [REINFORCE, "grpo"])
-@pytest.mark.parametrize("drop", [False, True])
-def test_token_advantages_with_kl_equal_the_token_loop(estimator, drop):
+def test_token_advantages_with_kl_equal_the_token_loop(estimator):
     rewards, ids, mask = _random_rollout(3)
     rng = np.random.default_rng(4)
     old, ref = rng.normal(size=(2, *mask.shape))
     old[~mask], ref[~mask] = np.inf, np.nan  # documents and padding may hold anything
-    got = token_advantages(
-        rewards, ids, mask, old, ref,
-        kl_coefficient=0.3, estimator=estimator, drop_zero_variance=drop,
-    )  # fmt: skip
+    got = token_advantages(rewards, ids, mask, old, ref, kl_coefficient=0.3, estimator=estimator)
     with np.errstate(invalid="ignore"):
-        want = _token_loop(rewards, ids, mask, estimator, drop, penalty=-0.3 * (old - ref))
+        want = _token_loop(rewards, ids, mask, estimator, penalty=-0.3 * (old - ref))
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -115,20 +110,18 @@ def test_reinforce_by_hand_weights_statistics_by_tokens():
     assert got[2] > 0.0  # faithful: a group without variance is moved by whitening
 
 
-def test_dropped_groups_get_zero_and_do_not_touch_the_statistics():
-    rewards, ids, counts = np.array([2.0, 0.0, 1.0, 1.0]), np.array([7, 7, 8, 8]), np.array([1] * 4)
-    got = advantages(rewards, ids, counts, estimator=REINFORCE, drop_zero_variance=True)
-    np.testing.assert_allclose(got, [1.0, -1.0, 0.0, 0.0], atol=1e-6)
+def test_groups_of_equal_rewards_have_no_contrast():
+    rewards, ids = np.array([2.0, 1.0, 0.0, 1.0, 11.0, 50.0]), np.array([7, 8, 7, 8, 9, 9])
+    # The last two differ only beyond the clamp.
+    assert has_contrast(rewards, ids).tolist() == [True, False, True, False, False, False]
+    assert has_contrast(np.zeros(0), np.zeros(0, int)).shape == (0,)
 
 
 @pytest.mark.parametrize("estimator", [REINFORCE, "grpo"])
-@pytest.mark.parametrize("drop", [False, True])
-def test_all_rewards_equal_gives_exactly_zero(estimator, drop):
+def test_all_rewards_equal_gives_exactly_zero(estimator):
     """0.1 + 0.1 + 0.1 over 3 is not 0.1: the rounding used to be whitened into advantages."""
-    got = advantages(
-        np.full(6, 0.1), np.array([0, 0, 0, 1, 1, 1]), np.arange(1, 7),
-        estimator=estimator, drop_zero_variance=drop,
-    )  # fmt: skip
+    ids, counts = np.array([0, 0, 0, 1, 1, 1]), np.arange(1, 7)
+    got = advantages(np.full(6, 0.1), ids, counts, estimator=estimator)
     np.testing.assert_array_equal(got, np.zeros(6))
 
 
@@ -169,6 +162,8 @@ def test_refusals():
         advantages(np.zeros(3), np.array([0, 0, 4]), np.ones(3, int), estimator=REINFORCE)
     with pytest.raises(ValueError, match="not finite"):
         advantages(np.array([0.0, np.nan]), pair, pair, estimator=REINFORCE)
+    with pytest.raises(ValueError, match="not finite"):
+        has_contrast(np.array([0.0, np.nan]), pair)
     # Here the annotations catch it, without the type checker a ValueError does.
     with pytest.raises((ValueError, TypeError), match="token_counts"):
         advantages(np.zeros(2), pair, np.ones(3, int), estimator=REINFORCE)

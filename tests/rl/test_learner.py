@@ -165,6 +165,20 @@ def test_first_ratio_is_one_and_entropy_is_below_uniform(params, trajectories):
     assert 0.0 < metrics["entropy"] < np.log(MODEL.vocab_size)
 
 
+def test_groups_without_contrast_are_left_out(params, trajectories):
+    """The update is that of the others alone; with none left nothing moves."""
+    others = [i for i in range(10) if i not in (6, 7)]  # both of these have 1.0
+    whole, part = learner(params, drop_zero_variance=True), learner(params)
+    metrics = whole.update(trajectories, REWARDS, GROUPS)
+    part.update([trajectories[i] for i in others], REWARDS[others], GROUPS[others])
+    assert metrics["learned_episodes"] == 8
+    jax.tree.map(np.testing.assert_array_equal, whole.state.params, part.state.params)
+
+    start = learner(params, drop_zero_variance=True)
+    assert start.update(trajectories, np.ones(10), GROUPS)["learned_episodes"] == 0
+    jax.tree.map(np.testing.assert_array_equal, start.state.params, params)
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params, trajectories):
     bad = {**params, "embedding": params["embedding"] * jnp.nan}
     one = learner(bad)
