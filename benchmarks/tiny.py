@@ -1,8 +1,9 @@
 """Everything `benchmarks/tiny.md` claims, measured: python benchmarks/tiny.py [--seeds 0 1 2]
 
 Per seed: stage 1, stage 2, and stage 2 with permuted rewards (the control). For the first seed
-also the main job as a user starts it, timed, and again with the same seed. Runs that are finished
-are not repeated, so the command can be interrupted; figures come from their summary.json.
+also the main job as a user starts it, timed; the same once more, killed with SIGKILL in the middle
+of a step and resumed; and its export in transformers. Runs that are finished are not repeated, so
+the command can be interrupted; figures come from their summary.json. Two hours on two cores.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import tiny_export  # noqa: E402
 
 from r1s_jax.run.metrics import identical, read_rows  # noqa: E402
 
@@ -35,8 +39,16 @@ FIGURES = {
 }
 
 
-def train(config: str, run_dir: Path, seed: int, start: Path | None = None) -> dict[str, float]:
-    """Runs (or finishes) one training in a process of its own; returns its cost."""
+KILL_AT = 17  # rows of metrics.jsonl, three seconds after the last of which the kill comes
+
+
+def train(
+    config: str, run_dir: Path, seed: int, start: Path | None = None, *, kill: bool = False
+) -> dict[str, float]:
+    """Runs (or finishes) one training in a process of its own; returns its cost.
+
+    With `kill` the process gets a SIGKILL on its way and is started again.
+    """
     cost = run_dir.with_suffix(".cost.json")
     if cost.exists():
         return json.loads(cost.read_text())
@@ -46,6 +58,13 @@ def train(config: str, run_dir: Path, seed: int, start: Path | None = None) -> d
         command += ["--gin", f'run.PolicyConfig.checkpoint = "{start}"']
     print(" ".join(command), flush=True)
     started = time.perf_counter()
+    if kill:
+        with subprocess.Popen(command, cwd=ROOT) as process:
+            file = run_dir / "metrics.jsonl"
+            while not file.exists() or file.read_text().count("\n") < KILL_AT:
+                time.sleep(0.1)
+            time.sleep(3)
+            process.send_signal(signal.SIGKILL)
     subprocess.run(command, cwd=ROOT, check=True)
     spent = {"seconds": time.perf_counter() - started}
     # Of all children so far: an upper bound, exact for the largest.
@@ -61,6 +80,10 @@ def results(run_dir: Path) -> dict[str, dict[str, float]]:
 def same_weights(a: Path, b: Path) -> bool:
     file = Path("hf") / "model.safetensors"
     return (a / file).read_bytes() == (b / file).read_bytes()
+
+
+def _verdict(same: bool) -> str:
+    return "identical, bit for bit" if same else "DIFFER"
 
 
 def table(rows: list[tuple[str, dict[str, float]]]) -> list[str]:
@@ -110,10 +133,12 @@ def main() -> None:
     seed = args.seeds[0]
     cost = train("tiny", runs / "main", seed)
     sections = [line for s in args.seeds for line in seed_section(runs, s)]
-    train("tiny", runs / "again", seed)
+    train("tiny", runs / "killed", seed, kill=True)
     floors = json.loads((runs / "main" / "summary.json").read_text())["floors"]
-    differences = identical(runs / "main" / "metrics.jsonl", runs / "again" / "metrics.jsonl")
+    differences = identical(runs / "main" / "metrics.jsonl", runs / "killed" / "metrics.jsonl")
+    resumed = same_weights(runs / "main", runs / "killed")
     chained = same_weights(runs / "main", runs / f"seed{seed}" / "stage2")
+    export = tiny_export.compare(runs / "main")
     report = [
         "# The tiny config, measured\n",
         f"Command: `python benchmarks/tiny.py --seeds {' '.join(map(str, args.seeds))}`; "
@@ -125,9 +150,12 @@ def main() -> None:
         f"peak memory {cost['peak_gb']:.2f} GB",
         f"- floors: majority answer {floors['majority']:.3f}, character n-grams of the city's "
         f"name {floors['ngram']:.3f}",
-        f"- the same seed again: {len(differences)} differing figures in `metrics.jsonl`",
-        f"- `tiny` and `tiny_stage1` followed by `tiny_stage2`: weights "
-        f"{'identical' if chained else 'DIFFER'}",
+        f"- the same seed again, killed with SIGKILL after row {KILL_AT} and resumed: "
+        f"{len(differences)} differing figures in `metrics.jsonl`, weights {_verdict(resumed)}",
+        f"- `tiny` and `tiny_stage1` followed by `tiny_stage2`: weights {_verdict(chained)}",
+        f"- export in transformers (torch, f32), {tiny_export.COUNT} held-out episodes: logits "
+        f"within {export['logits']:.1e}; {export['turns_alike']} of {export['turns']} turns and "
+        f"{export['prompts_alike']} of {tiny_export.COUNT} prompts alike",
         *sections,
     ]
     (ROOT / "benchmarks" / "tiny.md").write_text("\n".join(report) + "\n")

@@ -92,11 +92,12 @@ def parse_args(
 
 
 def prepare_environment() -> None:
-    """Settings that JAX reads when it is imported. What the user has set is left alone.
+    """Settings that packages read when they are imported. What the user has set is left alone.
 
     Compiled programs are kept under ~/.cache/r1s_jax (R1S_JAX_CACHE moves it, empty turns it
     off), so that a second start of the same run does not compile again.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     default = pathlib.Path.home() / ".cache" / "r1s_jax"
     cache = os.environ.get("R1S_JAX_CACHE", str(default))
     if cache:

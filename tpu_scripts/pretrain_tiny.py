@@ -2,9 +2,10 @@
 
 A byte-level BPE tokenizer and a small Qwen2 decoder, trained with plain next-token loss on
 transcripts about the atlas' `base` countries, in which searching is a minority habit. Takes about
-22 minutes on two idle cores and writes a Hugging Face folder (configs/models/tiny_base, or --out),
-then prints what the base does by itself: how often it searches in samples over the RL questions,
-its exact match on the held-out questions, and the same when it is forced to search.
+70 minutes on two idle cores (4 on one H100, where the bundled one was made) and writes a Hugging
+Face folder (configs/models/tiny_base, or --out), then prints what the base does by itself: how
+often it searches in samples over the RL questions, its exact match on the held-out questions, and
+the same when it is forced to search.
 """
 
 import argparse

@@ -35,8 +35,10 @@ class Checkpointer:
         self.directory = epath.Path(directory)
         if read_only and not self.directory.exists():
             raise UserError(f"{self.directory}: no such checkpoint directory")
+        remote = "://" in str(self.directory)
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            # Orbax refuses to write below a relative path.
+            self.directory if remote else self.directory.absolute(),
             item_handlers={
                 _ARRAYS: ocp.PyTreeCheckpointHandler(),
                 _HOST: ocp.JsonCheckpointHandler(),

@@ -44,6 +44,14 @@ def assert_same(a, b):
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
 
 
+def test_a_relative_directory_is_taken_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("runs/c") as checkpoints:
+        checkpoints.save(1, make(), {})
+        checkpoints.wait()
+    assert [p.name for p in (tmp_path / "runs" / "c").iterdir()] == ["1"]
+
+
 def test_round_trip_is_exact_and_keeps_the_last(tmp_path):
     tree = make()
     with Checkpointer(tmp_path / "c", keep=2) as checkpoints:
