@@ -61,7 +61,8 @@ def write_questions(path: str | os.PathLike[str], questions: Iterable[Question])
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (UnicodeError, json.JSONDecodeError) as error:
         raise UserError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a JSON object, is a {type(row).__name__}")

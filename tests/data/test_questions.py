@@ -45,6 +45,7 @@ GOOD = {"id": "a", "question": "Who?", "answer": "Ada"}
     ("line", "field"),
     [
         ('{"id": "b", "question": ', "not a line of JSON"),
+        ('{"id": "b", "question": "Q \\ud83d", "answer": "x"}', "not a line of JSON"),
         ("[1]", "must be a JSON object"),
         ({"id": "b", "answer": "x"}, '"question" is missing'),
         ({"id": "b", "question": " ", "answer": "x"}, '"question" must be'),
