@@ -9,13 +9,16 @@ the command can be interrupted; figures come from their summary.json. Two hours 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,33 +42,51 @@ FIGURES = {
 }
 
 
-KILL_AT = 17  # rows of metrics.jsonl, three seconds after the last of which the kill comes
+# The kill comes three seconds after this row of metrics.jsonl, two steps after a checkpoint.
+KILL_AT = 19
 
 
 def train(
-    config: str, run_dir: Path, seed: int, start: Path | None = None, *, kill: bool = False
+    config: str,
+    run_dir: Path,
+    seed: int,
+    start: Path | None = None,
+    *,
+    kill: bool = False,
+    cold: bool = False,
 ) -> dict[str, float]:
     """Runs (or finishes) one training in a process of its own; returns its cost.
 
-    With `kill` the process gets a SIGKILL on its way and is started again.
+    With `kill` the process gets a SIGKILL on its way and is started again; `cold` means a cache
+    folder of its own, so that the world is made and everything compiled.
     """
     cost = run_dir.with_suffix(".cost.json")
     if cost.exists():
         return json.loads(cost.read_text())
     command = [sys.executable, "tpu_scripts/train.py", "--config", config]
-    command += ["--run_dir", str(run_dir), "--gin", f"run.RunConfig.seed = {seed}"]
+    command += [
+        "--run_dir",
+        os.path.relpath(run_dir, ROOT),
+        "--gin",
+        f"run.RunConfig.seed = {seed}",
+    ]
     if start is not None:
         command += ["--gin", f'run.PolicyConfig.checkpoint = "{start}"']
     print(" ".join(command), flush=True)
+    env = dict(os.environ)
+    if cold:
+        env["R1S_JAX_CACHE"] = tempfile.mkdtemp()
     started = time.perf_counter()
     if kill:
         with subprocess.Popen(command, cwd=ROOT) as process:
             file = run_dir / "metrics.jsonl"
             while not file.exists() or file.read_text().count("\n") < KILL_AT:
+                if process.poll() is not None:
+                    raise SystemExit(f"{run_dir}: ended before it could be killed")
                 time.sleep(0.1)
             time.sleep(3)
             process.send_signal(signal.SIGKILL)
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
     spent = {"seconds": time.perf_counter() - started}
     # Of all children so far: an upper bound, exact for the largest.
     spent["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -80,6 +101,13 @@ def results(run_dir: Path) -> dict[str, dict[str, float]]:
 def same_weights(a: Path, b: Path) -> bool:
     file = Path("hf") / "model.safetensors"
     return (a / file).read_bytes() == (b / file).read_bytes()
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.machine()
 
 
 def _verdict(same: bool) -> str:
@@ -103,7 +131,9 @@ def seed_section(runs: Path, seed: int) -> list[str]:
     train("tiny_stage2", second, seed, start=first / "hf")
     train("tiny_permuted", permuted, seed, start=first / "hf")
     one, two, control = results(first), results(second), results(permuted)
+    sampled = next(r for r in read_rows(first / "metrics.jsonl") if r["phase"] == "train")
     rows = [
+        ("base, in samples over training questions", sampled),
         ("base", one["base"]),
         ("base, forced to search", one["base/forced"]),
         ("after stage 1", one["stage1"]),
@@ -114,7 +144,7 @@ def seed_section(runs: Path, seed: int) -> list[str]:
         ("stage 2 with permuted rewards", control["stage2"]),
     ]
     steps = [r for r in read_rows(second / "metrics.jsonl") if r["phase"] == "train"]
-    gap = max(r["logprob_gap"] for r in steps)
+    gap = max(r["logprob_gap"] or 0.0 for r in steps)
     compiles = max(r["compiles"] for r in steps)
     return [
         f"\n## Seed {seed}\n",
@@ -131,7 +161,7 @@ def main() -> None:
     runs = args.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     seed = args.seeds[0]
-    cost = train("tiny", runs / "main", seed)
+    cost = train("tiny", runs / "main", seed, cold=True)
     sections = [line for s in args.seeds for line in seed_section(runs, s)]
     train("tiny", runs / "killed", seed, kill=True)
     floors = json.loads((runs / "main" / "summary.json").read_text())["floors"]
@@ -142,12 +172,11 @@ def main() -> None:
     report = [
         "# The tiny config, measured\n",
         f"Command: `python benchmarks/tiny.py --seeds {' '.join(map(str, args.seeds))}`; "
-        f"machine: {os.cpu_count()} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}.",
-        "All figures: greedy, all 1,254 held-out questions of the atlas.\n",
-        f"- main job (`train.py --config tiny`, seed {seed}, no compilation cache beyond what "
-        f"earlier runs on the machine left): {cost['seconds']:.0f} s, "
-        f"peak memory {cost['peak_gb']:.2f} GB",
+        f"machine: {os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}, "
+        f"jax {importlib.metadata.version('jax')}.",
+        "All figures but those of samples: greedy, all 1,254 held-out questions of the atlas.\n",
+        f"- main job (`train.py --config tiny`, seed {seed}, nothing cached): "
+        f"{cost['seconds']:.0f} s, peak memory {cost['peak_gb']:.2f} GB",
         f"- floors: majority answer {floors['majority']:.3f}, character n-grams of the city's "
         f"name {floors['ngram']:.3f}",
         f"- the same seed again, killed with SIGKILL after row {KILL_AT} and resumed: "

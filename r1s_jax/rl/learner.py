@@ -51,6 +51,17 @@ class LearnerConfig:
     remat: bool = True
 
 
+_DIAGNOSTICS = (
+    "policy_loss",
+    "clip_fraction",
+    "ratio_mean",
+    "approx_kl",
+    "entropy",
+    "grad_norm",
+    "logprob_gap",
+)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnerState:
@@ -166,7 +177,8 @@ class Learner:
         Returns metrics averaged over the updates. `logprob_gap` is the mean |learner − sampler|
         over sampled tokens, taken before the first update. An update with a gradient that is
         not finite is skipped and counted in `skipped_updates`. `learned_episodes` is how many
-        were not left out (`drop_zero_variance`); without any nothing is updated.
+        were not left out (`drop_zero_variance`); without any nothing is updated, and what is then
+        unknown is NaN.
         """
         config = self.config
         if config.drop_zero_variance:
@@ -174,7 +186,11 @@ class Learner:
             trajectories = [trajectories[i] for i in kept]
             rewards_N, group_ids_N = rewards_N[kept], group_ids_N[kept]
         if not trajectories:
-            return {"learned_episodes": 0.0, "skipped_updates": 0.0}
+            return {
+                **dict.fromkeys(_DIAGNOSTICS, np.nan),
+                "learned_episodes": 0.0,
+                "skipped_updates": 0.0,
+            }
         counts_N = np.array([t.sampled_count for t in trajectories])
         scalars_N = advantages(
             rewards_N,

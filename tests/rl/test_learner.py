@@ -175,7 +175,9 @@ def test_groups_without_contrast_are_left_out(params, trajectories):
     jax.tree.map(np.testing.assert_array_equal, whole.state.params, part.state.params)
 
     start = learner(params, drop_zero_variance=True)
-    assert start.update(trajectories, np.ones(10), GROUPS)["learned_episodes"] == 0
+    nothing = start.update(trajectories, np.ones(10), GROUPS)
+    assert nothing.keys() == metrics.keys()  # a row of metrics.jsonl always has the same names
+    assert nothing["learned_episodes"] == 0 and np.isnan(nothing["logprob_gap"])
     jax.tree.map(np.testing.assert_array_equal, start.state.params, params)
 
 
