@@ -175,6 +175,13 @@ def no_file(world, name):
     return f"world.{name}_questions = '{path}': no such file"
 
 
+def spoil_length(world, name):
+    path = world / f"{name}.jsonl"
+    row = {"id": "long", "question": "w" * 200, "answer": "a"}
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    return f"{path}: question 'long': its prompt is "
+
+
 @pytest.mark.parametrize("name", ["train", "eval"])
 @pytest.mark.parametrize(
     ("spoil", "words"),
@@ -182,6 +189,7 @@ def no_file(world, name):
         (spoil_line('{"id": 7, "question": "w?"'), ["not a line of JSON"]),
         (spoil_line('{"id": 7, "question": " ", "answer": "a"}'), ['field "question"', "' '"]),
         (spoil_line('{"id": 7, "question": "w?"}'), ['field "answer" is missing']),
+        (spoil_length, ["tokens longer than engine.prompt_buckets = (32,)"]),
         (no_file, ["JSONL"]),
     ],
 )

@@ -84,11 +84,6 @@ class Engine:
                 f"engine.context = {config.context}, the model reaches only to "
                 f"max_position_embeddings = {model.max_position_embeddings}"
             )
-        if max(config.prompt_buckets) > config.context:
-            raise UserError(
-                f"engine.prompt_buckets = {config.prompt_buckets} exceed "
-                f"engine.context = {config.context}"
-            )
         if len(token_bytes) != model.vocab_size:  # a table that is too short would be read clamped
             raise ValueError(
                 f"token_bytes has {len(token_bytes)} entries, vocab_size = {model.vocab_size}"

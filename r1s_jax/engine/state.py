@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.sharding import named_sharding
+from r1s_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,18 @@ class EngineConfig:
     prompt_buckets: tuple[int, ...] = (64,)
     extend_rows: int = 16
     extend_tokens: int = 64  # documents are written in pieces of this many tokens
+
+    def __post_init__(self) -> None:
+        if max(self.prompt_buckets) > self.context:
+            raise UserError(
+                f"engine.prompt_buckets = {self.prompt_buckets} exceed "
+                f"engine.context = {self.context}"
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt: its last one is fed by the first decode step, and one is sampled."""
+        return min(max(self.prompt_buckets) + 1, self.context - 1)
 
     @property
     def capacity(self) -> int:

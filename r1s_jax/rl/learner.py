@@ -182,9 +182,9 @@ class Learner:
         """
         config = self.config
         if config.drop_zero_variance:
-            kept = np.flatnonzero(has_contrast(rewards_N, group_ids_N))
-            trajectories = [trajectories[i] for i in kept]
-            rewards_N, group_ids_N = rewards_N[kept], group_ids_N[kept]
+            kept_N = has_contrast(rewards_N, group_ids_N)
+            trajectories = [t for t, kept in zip(trajectories, kept_N, strict=True) if kept]
+            rewards_N, group_ids_N = rewards_N[kept_N], group_ids_N[kept_N]
         if not trajectories:
             return {
                 **dict.fromkeys(_DIAGNOSTICS, np.nan),

@@ -56,6 +56,7 @@ class RolloutResult:
 
     groups: tuple[Group, ...]
     failed: int  # episodes lost to the retriever
+    failure: str  # why the first of them was
     dropped_groups: int  # groups left with fewer than `min_survivors` samples
     sampled_tokens: int
     seconds: float
@@ -102,7 +103,7 @@ class Rollout:
         prompts: dict[int, PromptRef] = {}
         playing: dict[int, Episode] = {}
         free = deque(range(self._engine.config.slots))
-        retrieval_seconds = 0.0
+        retrieval_seconds, failure = 0.0, ""
         while waiting or playing:
             self._admit(waiting, prompts, free, playing, call)
             for slot, written in enumerate(self._engine.decode_chunk(sampling)):
@@ -115,6 +116,8 @@ class Rollout:
                 before = time.perf_counter()
                 outcomes = self._retrieve([playing[s] for s in asking])
                 retrieval_seconds += time.perf_counter() - before
+                failed = [o.reason for o in outcomes if isinstance(o, RetrievalFailure)]
+                failure = failure or next(iter(failed), "")
                 self._answer([(s, playing[s]) for s in asking], outcomes)
             for slot in [s for s in sorted(playing) if playing[s].need == Need.NOTHING]:
                 if watch:
@@ -127,6 +130,7 @@ class Rollout:
             trajectories,
             samples=samples,
             min_survivors=min_survivors,
+            failure=failure,
             seconds=time.perf_counter() - started,
             retrieval_seconds=retrieval_seconds,
         )
@@ -136,11 +140,10 @@ class Rollout:
     ) -> list[tuple[Episode, list[int]]]:
         """All episodes in (question, sample) order, each with its prompt."""
         opening_ids = self._tokenizer.encode(self._config.opening)
-        longest = max(self._engine.config.prompt_buckets) + 1
         episodes = []
         for question in questions:
             ids = [*self._prompt.prompt_ids(self._tokenizer, question.text), *opening_ids]
-            if len(ids) > min(longest, self._engine.config.context - 1):
+            if len(ids) > self._engine.config.longest_prompt:
                 raise UserError(
                     f"question {question.id!r}: its prompt has {len(ids)} tokens, engine.context = "
                     f"{self._engine.config.context} and prompt_buckets = "
@@ -243,6 +246,7 @@ def _collect(
     *,
     samples: int,
     min_survivors: int,
+    failure: str,
     seconds: float,
     retrieval_seconds: float,
 ) -> RolloutResult:
@@ -258,6 +262,7 @@ def _collect(
     return RolloutResult(
         groups=tuple(groups),
         failed=failed,
+        failure=failure,
         dropped_groups=dropped,
         sampled_tokens=sum(t.sampled_count for t in trajectories),
         seconds=seconds,

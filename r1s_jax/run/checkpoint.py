@@ -79,21 +79,6 @@ class Checkpointer:
         """The JSON-able half of a checkpoint alone, to look at before restoring."""
         return self._read_json(self._existing(step))["host"]
 
-    def require(self, expected: dict[str, Any], step: int | None = None) -> None:
-        """Checks values that may not change in a run, nested dicts compared field by field.
-
-        Raises:
-            UserError: naming the checkpoint, the first differing field and both values.
-        """
-        step = self._existing(step)
-        found = _flat(self.read_host(step))
-        for field, value in _flat(expected).items():
-            if field not in found or found[field] != value:
-                raise UserError(
-                    f"{self.directory / str(step)}: {field} is {found.get(field, 'absent')!r}"
-                    f" in the checkpoint and {value!r} in this run"
-                )
-
     def restore(
         self, abstract_arrays: Any, step: int | None = None, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]]:
@@ -176,14 +161,3 @@ def _compare(where: epath.Path, stored: dict[str, str], wanted: dict[str, str]) 
                 f"{where}: {path} is {stored.get(path, 'absent')} in the checkpoint"
                 f" and {wanted.get(path, 'absent')} in this run"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            # JSON knows no tuples.
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -174,7 +174,7 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             adam_b2=0.98,
             adam_learning_rate=schedule(config.learning_rate),
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=matrices,  # type: ignore[arg-type]
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -95,15 +96,16 @@ def check_inputs(
     before they make a folder. Raises UserError, one line with file and field.
     """
     checkpoint, model = _require_checkpoint(config, checkpoint)
-    _require_world(config, training)
     tokenizer = Tokenizer.load(checkpoint, vocab_size=model.vocab_size)
     prompt = _prompt(config)
     length = len(prompt.prompt_ids(tokenizer, ""))
-    room = max(config.engine.prompt_buckets)
-    if length - 1 > room:  # its last token is fed by the first decode step
+    room = config.engine.longest_prompt
+    if length > room:
         raise UserError(
-            f"engine.prompt_buckets end at {room}, the prompt alone has {length} tokens"
+            f"engine.prompt_buckets and context leave room for {room} tokens, the prompt alone "
+            f"has {length}"
         )
+    _require_world(config, training, lambda text: _excess(prompt, tokenizer, text, length, room))
     if config.engine.context > model.max_position_embeddings:
         raise UserError(
             f"engine.context = {config.engine.context}, {checkpoint / 'config.json'} says "
@@ -135,7 +137,15 @@ def _require_checkpoint(config: RunConfig, checkpoint: Path | None) -> tuple[Pat
     return folder, model
 
 
-def _require_world(config: RunConfig, training: bool) -> None:
+def _excess(prompt: Prompt, tokenizer: Tokenizer, text: str, length: int, room: int) -> int:
+    """How many tokens a question's prompt is too long, 0 if it fits."""
+    # A byte-level tokenizer makes no more tokens than bytes: few have to be tokenised.
+    if length + len(text.encode()) <= room:
+        return 0
+    return max(len(prompt.prompt_ids(tokenizer, text)) - room, 0)
+
+
+def _require_world(config: RunConfig, training: bool, excess: Callable[[str], int]) -> None:
     world = config.world
     for field in ("train_questions", "eval_questions")[0 if training else 1 :]:
         name = getattr(world, field)
@@ -149,10 +159,18 @@ def _require_world(config: RunConfig, training: bool) -> None:
                 f"world.{field} = {name!r}: no such file; {source} as JSONL, one "
                 '{"idx", "question", "answer"} a line'
             )
-        found = len(read_questions(resolve(name)))
-        if field == "train_questions" and found < config.questions_per_step:
+        questions = read_questions(resolve(name))
+        for question in questions:
+            if tokens := excess(question.text):
+                raise UserError(
+                    f"{name}: question {question.id!r}: its prompt is {tokens} tokens longer than "
+                    f"engine.prompt_buckets = {config.engine.prompt_buckets} and engine.context = "
+                    f"{config.engine.context} have room for"
+                )
+        if field == "train_questions" and len(questions) < config.questions_per_step:
             raise UserError(
-                f"{name}: holds {found} questions, questions_per_step = {config.questions_per_step}"
+                f"{name}: holds {len(questions)} questions, questions_per_step = "
+                f"{config.questions_per_step}"
             )
     if world.corpus == _ATLAS:
         return

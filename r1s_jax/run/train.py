@@ -101,8 +101,10 @@ class _Run:
 
     def stages(self, stop: StopFlag) -> bool:
         """Plays the stages from the present position; False if it was asked to leave."""
-        if self.at.step == 0 and "base" not in self.at.results:
+        if self.at.step == 0 and "base" not in self.at.results and not stop.requested:
             self._evaluate("base")
+        if stop.requested:  # before the first step there is nothing to save
+            return False
         while self.at.stage < len(self.config.stages):
             stage = self.config.stages[self.at.stage]
             stream = QuestionStream(
@@ -128,6 +130,8 @@ class _Run:
                     ),
                     min_survivors=2,
                 )
+                if result.failed:
+                    self.progress.note(f"{result.failed} episodes lost: {result.failure}")
                 trajectories = [t for group in result.groups for t in group.trajectories]
                 group_ids = [i for i, g in enumerate(result.groups) for _ in g.trajectories]
 
@@ -179,7 +183,7 @@ class _Run:
         write_json_atomic(
             self.run_dir.summary,
             {
-                "config": self.run_dir.path.name,
+                "run": self.run_dir.path.name,
                 "seed": self.config.seed,
                 "steps": self.at.step,
                 "floors": known,
@@ -277,7 +281,7 @@ class _Run:
         self.parts.engine.set_weights(self.learner.state.params, self.at.step)
 
     def _save(self) -> None:
-        host = {"position": dataclasses.asdict(self.at), "slots": self.config.engine.slots}
+        host = {"position": dataclasses.asdict(self.at)}
         self.checkpointer.save(self.at.step, self.learner.checkpoint(), host)
 
     def _restore(self) -> None:

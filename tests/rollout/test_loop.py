@@ -189,7 +189,7 @@ def test_watch_sees_every_text_grow():
 
 def test_prompts_that_do_not_fit():
     """A user's mistake: one line with the question's id, before anything runs."""
-    for changes in ({"prompt_buckets": (30,)}, {"context": 32}):
+    for changes in ({"prompt_buckets": (30,)}, {"prompt_buckets": (24, 32), "context": 32}):
         engine = scripted([ANSWER], **changes)
         rollout = Rollout(engine, TOKENIZER, tiny.PROMPT, RETRIEVER, RolloutConfig())
         questions = [tiny.question("o"), tiny.question("k-7", "long " * 10)]
@@ -201,10 +201,14 @@ def test_prompts_that_do_not_fit():
 def test_the_longest_prompt_that_fits():
     """A bucket holds all but the last token, and the context leaves one to sample."""
     length = len(tiny.PROMPT.prompt_ids(TOKENIZER, "q"))
-    for engine in ({"prompt_buckets": (length - 1,)}, {"context": length + 1}):
+    buckets = (length - 1,)
+    for engine in (
+        {"prompt_buckets": buckets},
+        {"prompt_buckets": (length,), "context": length + 1},
+    ):
         assert only(run(scripted([ANSWER], **engine))).sampled_count >= 1
     with pytest.raises(UserError):
-        run(scripted([ANSWER], context=length))
+        run(scripted([ANSWER], prompt_buckets=buckets, context=length))
     with pytest.raises(UserError):
         run(scripted([ANSWER], prompt_buckets=(length - 2,)))
 

@@ -145,16 +145,6 @@ def test_another_architecture_is_one_line(tmp_path, change, words):
     assert words in str(caught.value)
 
 
-def test_require_names_field_and_both_values(tmp_path):
-    with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(3, make(), {"slots": 64, "architecture": {"layers": 4, "heads": [2, 1]}})
-        checkpoints.require({"slots": 64, "architecture": {"heads": (2, 1)}})
-        with pytest.raises(UserError, match=r"/3: architecture\.layers is 4 .* and 6 in this run"):
-            checkpoints.require({"architecture": {"layers": 6}})
-        with pytest.raises(UserError, match=r"seed is 'absent' .* and 1"):
-            checkpoints.require({"seed": 1})
-
-
 def test_absent_steps_and_directories(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint directory"):
         Checkpointer(tmp_path / "none", read_only=True)

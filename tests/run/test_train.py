@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -78,7 +81,7 @@ def config(policy):
             # Random text earns no reward; the KL term gives the updates something to do.
             kl_coefficient=0.1,
         ),
-        evaluation=EvaluationConfig(documents=1, max_searches=1),
+        evaluation=EvaluationConfig(documents=1, max_searches=1, controls=True),
         questions_per_step=4,
         samples_per_question=2,
         checkpoint_every=1,
@@ -86,7 +89,9 @@ def config(policy):
 
 
 def play(config, path):
-    code = train(config, open_run_dir(path, "test"))
+    """Trains in `path`, given as a user gives it: relative to the working directory."""
+    with contextlib.chdir(path.parent):
+        code = train(config, open_run_dir(path.name, "test"))
     return code, path
 
 
@@ -118,6 +123,8 @@ def test_same_seed_same_metrics_and_weights(config, whole, tmp_path):
 def test_nothing_compiles_after_the_start(whole):
     rows = read_rows(whole / "metrics.jsonl")
     assert {row["compiles"] for row in rows} == {0.0}
+    controls = {"base/forced", "final/banned", "final/wrong_passages", "final/first_only"}
+    assert controls < {row["stage"] for row in rows if row["phase"] == "eval"}
     assert json.loads((whole / "summary.json").read_text())["compiles"] == 0
 
 
@@ -129,22 +136,29 @@ def test_sampler_and_learner_agree(whole):
 
 
 @pytest.mark.parametrize("killed_at", [1, 3])
-def test_killed_run_continues_as_if_nothing_happened(
-    config, whole, tmp_path, monkeypatch, killed_at
+@pytest.mark.parametrize("how", ["crash", "SIGTERM"])
+def test_interrupted_run_continues_as_if_nothing_happened(
+    config, whole, tmp_path, monkeypatch, killed_at, how
 ):
-    """Invariant 12: killed in a rollout of either stage, then started again."""
+    """Invariant 12: stopped in a rollout of either stage, then started again."""
     run, calls = Rollout.run, []
 
     def dying(self, *args, **kwargs):
         if kwargs["call"].phase.startswith("train"):
             calls.append(kwargs["call"])
             if len(calls) == killed_at + 1:
-                raise KeyboardInterrupt
+                if how == "crash":
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGTERM)
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(Rollout, "run", dying)
-    with pytest.raises(KeyboardInterrupt):
-        play(config, tmp_path / "run")
+    if how == "crash":
+        with pytest.raises(KeyboardInterrupt):
+            play(config, tmp_path / "run")
+    else:
+        assert play(config, tmp_path / "run")[0] == 75
+        assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.setattr(Rollout, "run", run)
     play(config, tmp_path / "run")
     assert identical(whole / "metrics.jsonl", tmp_path / "run" / "metrics.jsonl") == []
