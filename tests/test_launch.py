@@ -203,6 +203,7 @@ launch.run_main(main)
         ("pass", 0, ""),
         ("return 75", 75, ""),
         ("raise UserError('no\\n  such file')", 2, "error: no such file\n"),
+        ("open('/dev/null/file', 'w')", 2, "error: /dev/null/file: Not a directory\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("raise ZeroDivisionError", 1, None),
     ],

@@ -1,4 +1,4 @@
-"""Asks a trained policy: python tpu_scripts/ask.py "What is the capital of the country where Kyoto lies?"
+"""Asks a trained policy: python tpu_scripts/ask.py "What is the time zone of Kyoto?"
 
 Thought, query, documents and answer appear as they come. The policy is the export of --run_dir
 (runs/tiny if nothing is given), or that of --config NAME [--checkpoint FOLDER]. It answers

@@ -109,14 +109,18 @@ def prepare_environment() -> None:
 def run_main(fn: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main and leaves with its exit code.
 
-    A UserError is one line on stderr and code 2, Ctrl-C is 130, and `fn` may return a code of
-    its own; anything else is a bug and shows its traceback. jax must not be imported before.
+    A UserError is one line on stderr and code 2, and so is a path that cannot be written; Ctrl-C
+    is 130, and `fn` may return a code of its own; anything else is a bug and shows its traceback.
+    jax must not be imported before.
     """
     prepare_environment()
     try:
         code = fn() or 0
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
