@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,11 @@ def train(config: RunConfig, run_dir: RunDir) -> int:
         if not finished:
             progress.note(f"{stop.reason}: saved at step {run.at.step}; the same command resumes")
             return EXIT_TRY_AGAIN
-        run.finish()
+        export, known = run.finish()
     compiles.close()
+    # Only now: on a terminal the live bar would share a line with the table.
+    final_report(run.at.results, known, [s.name for s in config.stages])
+    print(f"Hugging Face checkpoint: {export}", flush=True)
     return 0
 
 
@@ -169,8 +173,8 @@ class _Run:
                     break
         return True
 
-    def finish(self) -> None:
-        """Exports the policy, writes the summary, prints the table."""
+    def finish(self) -> tuple[Path, dict[str, float]]:
+        """Exports the policy and writes the summary; returns the export and the floors."""
         export = hf.export(
             self.run_dir.hf.__fspath__(),
             self.parts.model,
@@ -192,8 +196,7 @@ class _Run:
                 "export": str(export),
             },
         )
-        final_report(self.at.results, known, [s.name for s in self.config.stages])
-        self.progress.note(f"Hugging Face checkpoint: {export}")
+        return export, known
 
     def _warm_up(self) -> None:
         """Compiles every program for every bucket; from here on nothing should compile."""
