@@ -1,8 +1,7 @@
 """What a run writes step by step: metrics.jsonl, TensorBoard, sampled trajectories.
 
-`step` counts on across stages, so that one number says how far a run is cut back when it
-resumes: rows up to and including the restored step stay. The checkpoint of a step is therefore
-saved after all rows of that step (train and eval) are written.
+A checkpoint holds how many rows of metrics.jsonl there were when it was saved; a run that resumes
+from it cuts the file back to these.
 """
 
 from __future__ import annotations
@@ -49,21 +48,26 @@ class MetricsWriter:
             raise ValueError(f"a metric may not be called {taken[0]}")
         row |= {name: _number(name, value) for name, value in metrics.items()}
         line = json.dumps(row, allow_nan=False)
+        self._lines.append(line)
         if self._remote:
-            self._lines.append(line)
             self._path.write_text("".join(f"{line}\n" for line in self._lines))
         else:
             self._file.write(f"{line}\n")
             self._file.flush()
         self._mirror([row])
 
-    def cut_back(self, step: int) -> None:
-        """Forgets every row after `step`, in the file and in TensorBoard.
+    @property
+    def rows(self) -> int:
+        """How many rows the file holds."""
+        return len(self._lines)
+
+    def cut_back(self, rows: int) -> None:
+        """Keeps the first `rows` rows, in the file and in TensorBoard.
 
         TensorBoard's files are written anew from the rows that stay: those of several killed
         runs overlap, and which of two values is shown would be up to the reader.
         """
-        kept = [(line, row) for line, row in _read(self._path) if row["step"] <= step]
+        kept = _read(self._path)[:rows]
         self._rewrite(kept)
         board = self._run_dir / "tensorboard"
         if self._tensorboard and board.exists():

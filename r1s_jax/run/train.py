@@ -7,6 +7,7 @@ resumed, or split into one run per stage, goes exactly the way of the whole one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ class Position:
     stage: int = 0
     stage_step: int = 0
     step: int = 0
+    rows: int = 0  # of metrics.jsonl
     skipped_in_a_row: int = 0
     stream: dict[str, Any] | None = None
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -56,8 +58,8 @@ def train(config: RunConfig, run_dir: RunDir) -> int:
         Checkpointer(run_dir.checkpoints, keep=config.keep_checkpoints) as checkpointer,
     ):
         progress.note(f"run directory {run_dir.path}")
-        run = _Run(config, run_dir, progress, metrics, checkpointer, compiles)
-        finished = run.stages(stop)
+        run = _Run(config, run_dir, progress, metrics, checkpointer, compiles, stop)
+        finished = run.stages()
         checkpointer.wait()
         if not finished:
             progress.note(f"{stop.reason}: saved at step {run.at.step}; the same command resumes")
@@ -81,9 +83,11 @@ class _Run:
         metrics: MetricsWriter,
         checkpointer: Checkpointer,
         compiles: CompileCounter,
+        stop: StopFlag,
     ):
         self.config, self.run_dir, self.progress = config, run_dir, progress
         self.metrics, self.checkpointer, self.compiles = metrics, checkpointer, compiles
+        self.stop = stop
         self.samples = TrajectoryWriter(run_dir.path, config.trajectories_per_step)
         self.at = Position()
         self.parts: Parts = build_parts(config)
@@ -103,74 +107,82 @@ class _Run:
         if self.at.stage < len(config.stages):
             self._warm_up()
 
-    def stages(self, stop: StopFlag) -> bool:
+    def stages(self) -> bool:
         """Plays the stages from the present position; False if it was asked to leave."""
-        if self.at.step == 0 and "base" not in self.at.results and not stop.requested:
-            self._evaluate("base")
-        if stop.requested:  # before the first step there is nothing to save
+        controls = self.config.evaluation.controls
+        at_start = [("base", "search"), ("base", "forced")][: 1 + controls]
+        if self.at.step == 0 and not self._evaluate(at_start):
             return False
         while self.at.stage < len(self.config.stages):
             stage = self.config.stages[self.at.stage]
-            stream = QuestionStream(
-                self.parts.train_questions,
-                batch_size=self.config.questions_per_step,
-                seed=self.config.seed,
+            at_end = [(stage.name, "search")]
+            if controls and self.at.stage + 1 == len(self.config.stages):
+                # `forced` is about the base.
+                at_end += [("final", mode) for mode in CONTROLS if mode != "forced"]
+            if not self._train(stage) or not self._evaluate(at_end):
+                return False
+            self.at.stage, self.at.stage_step, self.at.stream = self.at.stage + 1, 0, None
+            self.learner.begin_stage()
+        return True
+
+    def _train(self, stage: StageConfig) -> bool:
+        """The steps of a stage that are left; the last one is saved. False if asked to leave."""
+        stream = QuestionStream(
+            self.parts.train_questions,
+            batch_size=self.config.questions_per_step,
+            seed=self.config.seed,
+        )
+        if self.at.stream is not None:
+            stream.restore(self.at.stream)
+        reward = reward_by_name(stage.reward)
+        while self.at.stage_step < stage.steps:
+            started = time.perf_counter()
+
+            # ---- questions -> trajectories
+            result = self.rollout.run(
+                next(stream),
+                samples=self.config.samples_per_question,
+                sampling=self.config.sampling,
+                call=Call(
+                    seed=self.config.seed,
+                    phase=f"train/{stage.name}",
+                    step=self.at.stage_step,
+                ),
+                min_survivors=2,
             )
-            if self.at.stream is not None:
-                stream.restore(self.at.stream)
-            reward = reward_by_name(stage.reward)
-            while self.at.stage_step < stage.steps:
-                started = time.perf_counter()
+            if result.failed:
+                self.progress.note(f"{result.failed} episodes lost: {result.failure}")
+            trajectories = [t for group in result.groups for t in group.trajectories]
+            group_ids = [i for i, g in enumerate(result.groups) for _ in g.trajectories]
 
-                # ---- questions -> trajectories
-                result = self.rollout.run(
-                    next(stream),
-                    samples=self.config.samples_per_question,
-                    sampling=self.config.sampling,
-                    call=Call(
-                        seed=self.config.seed,
-                        phase=f"train/{stage.name}",
-                        step=self.at.stage_step,
-                    ),
-                    min_survivors=2,
+            # ---- rewards
+            rewards = [reward(t) for t in trajectories]
+            totals = np.array([r.total for r in rewards], np.float64)
+            if stage.permute_rewards:
+                key = row_seed(
+                    self.config.seed, f"permute/{stage.name}", self.at.stage_step, "", 0, 0
                 )
-                if result.failed:
-                    self.progress.note(f"{result.failed} episodes lost: {result.failure}")
-                trajectories = [t for group in result.groups for t in group.trajectories]
-                group_ids = [i for i, g in enumerate(result.groups) for _ in g.trajectories]
+                totals = np.random.default_rng(key).permutation(totals)
 
-                # ---- rewards
-                rewards = [reward(t) for t in trajectories]
-                totals = np.array([r.total for r in rewards], np.float64)
-                if stage.permute_rewards:
-                    key = row_seed(
-                        self.config.seed, f"permute/{stage.name}", self.at.stage_step, "", 0, 0
-                    )
-                    totals = np.random.default_rng(key).permutation(totals)
+            # ---- advantages -> update -> new weights for the engine
+            learning = time.perf_counter()
+            learned = self._update(trajectories, totals, np.array(group_ids))
+            self.at.step += 1
+            self.at.stage_step += 1
+            self.at.stream = stream.state()
+            self._push()
 
-                # ---- advantages -> update -> new weights for the engine
-                learning = time.perf_counter()
-                learned = self._update(trajectories, totals, np.array(group_ids))
-                self.at.step += 1
-                self.at.stage_step += 1
-                self.at.stream = stream.state()
-                self._push()
-
-                # ---- log, save
-                learned["learn_seconds"] = time.perf_counter() - learning
-                learned["step_seconds"] = time.perf_counter() - started
-                self._log(stage, result, trajectories, totals, learned)
-                parts = [r.parts for r in rewards]
-                self.samples.write(self.at.step, stage.name, trajectories, parts)
-                ended = self.at.stage_step == stage.steps
-                if ended:
-                    self._end_stage(stage)
-                elif stop.requested or self.at.stage_step % self.config.checkpoint_every == 0:
-                    self._save()
-                if stop.requested:
-                    return False
-                if ended:
-                    break
+            # ---- log, save
+            learned["learn_seconds"] = time.perf_counter() - learning
+            learned["step_seconds"] = time.perf_counter() - started
+            self._log(stage, result, trajectories, totals, learned)
+            self.samples.write(self.at.step, stage.name, trajectories, [r.parts for r in rewards])
+            ended = self.at.stage_step == stage.steps
+            due = self.at.stage_step % self.config.checkpoint_every == 0
+            if ended or due or self.stop.requested:
+                self._save()
+            if self.stop.requested:
+                return False
         return True
 
     def finish(self) -> tuple[Path, dict[str, float]]:
@@ -250,22 +262,14 @@ class _Run:
         total = sum(s.steps for s in self.config.stages)
         self.progress.update(stage.name, self.at.step, total, row)
 
-    def _end_stage(self, stage: StageConfig) -> None:
-        """Evaluates (after the last stage also the controls), saves the next stage's start."""
-        self._evaluate(stage.name)
-        if self.at.stage + 1 == len(self.config.stages) and self.config.evaluation.controls:
-            for mode in CONTROLS:
-                if mode != "forced":  # that one is about the base
-                    self._evaluate("final", mode)
-        self.at.stage, self.at.stage_step, self.at.stream = self.at.stage + 1, 0, None
-        self.learner.begin_stage()
-        self._save()
+    def _evaluate(self, what: Sequence[tuple[str, str]]) -> bool:
+        """Evaluates the present policy, (name, mode) by (name, mode); False if asked to leave.
 
-    def _evaluate(self, name: str, mode: str = "search") -> None:
-        modes = [mode]
-        if name == "base" and self.config.evaluation.controls:
-            modes.append("forced")
-        for mode in modes:
+        What was trained is saved before; a run that resumes evaluates anew.
+        """
+        for name, mode in what:
+            if self.stop.requested:
+                return False
             self.progress.note(f"evaluating {name}" + (f", {mode}" if mode != "search" else ""))
             figures, trajectories = evaluate(self.parts, self.config, mode)
             figures["compiles"] = float(self.compiles.count)
@@ -278,24 +282,32 @@ class _Run:
             self.samples.write(
                 self.at.step, f"eval-{folder}", trajectories, [{}] * len(trajectories)
             )
+        return not self.stop.requested
 
     def _push(self) -> None:
         """Hands the learner's weights to the drained engine."""
         self.parts.engine.set_weights(self.learner.state.params, self.at.step)
 
     def _save(self) -> None:
+        self.at.rows = self.metrics.rows
         host = {"position": dataclasses.asdict(self.at)}
         self.checkpointer.save(self.at.step, self.learner.checkpoint(), host)
 
     def _restore(self) -> None:
         """Goes to the last checkpoint; what was written after it is cut off."""
         if self.checkpointer.latest_step() is None:
-            self.metrics.cut_back(-1)
+            self.metrics.cut_back(0)
             self.samples.cut_back(-1)
             return
         step, arrays, host = self.checkpointer.restore(self.learner.abstract_checkpoint())
         self.learner.restore(arrays)
         self.at = Position(**host["position"])
-        self.metrics.cut_back(step)
-        self.samples.cut_back(step)
         self.progress.note(f"resuming after step {step}")
+        last = len(self.config.stages) - 1
+        ended = self.at.stage == last and self.at.stage_step == self.config.stages[last].steps
+        if ended and self.run_dir.summary.exists():  # finished, evaluations included
+            self.at.results = json.loads(self.run_dir.summary.read_text())["results"]
+            self.at.stage += 1
+            return
+        self.metrics.cut_back(self.at.rows)
+        self.samples.cut_back(step)

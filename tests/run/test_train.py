@@ -135,18 +135,25 @@ def test_sampler_and_learner_agree(whole):
     assert max(gaps) < 1e-5
 
 
-@pytest.mark.parametrize("killed_at", [1, 3])
-@pytest.mark.parametrize("how", ["crash", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("how", "phase", "before"),
+    [
+        ("crash", "train", 1),
+        ("crash", "eval", 4),  # the first control at the end
+        ("SIGTERM", "train", 3),
+        ("SIGTERM", "eval", 2),  # the evaluation after stage 1
+    ],
+)
 def test_interrupted_run_continues_as_if_nothing_happened(
-    config, whole, tmp_path, monkeypatch, killed_at, how
+    config, whole, tmp_path, monkeypatch, how, phase, before
 ):
-    """Invariant 12: stopped in a rollout of either stage, then started again."""
+    """Invariant 12: stopped in the rollout after so many of its kind, then started again."""
     run, calls = Rollout.run, []
 
     def dying(self, *args, **kwargs):
-        if kwargs["call"].phase.startswith("train"):
+        if kwargs["call"].phase.startswith(phase):
             calls.append(kwargs["call"])
-            if len(calls) == killed_at + 1:
+            if len(calls) == before + 1:
                 if how == "crash":
                     raise KeyboardInterrupt
                 os.kill(os.getpid(), signal.SIGTERM)
