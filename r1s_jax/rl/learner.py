@@ -186,8 +186,9 @@ class Learner:
             trajectories = [t for t, kept in zip(trajectories, kept_N, strict=True) if kept]
             rewards_N, group_ids_N = rewards_N[kept_N], group_ids_N[kept_N]
         if not trajectories:
+            unknown = (*_DIAGNOSTICS, *(() if self.reference is None else ("kl_ref",)))
             return {
-                **dict.fromkeys(_DIAGNOSTICS, np.nan),
+                **dict.fromkeys(unknown, np.nan),
                 "learned_episodes": 0.0,
                 "skipped_updates": 0.0,
             }

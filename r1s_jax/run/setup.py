@@ -160,7 +160,8 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
                 '{"idx", "question", "answer"} a line'
             )
         questions = read_questions(resolve(name))
-        for question in questions:
+        limit = world.eval_limit if field == "eval_questions" else None
+        for question in questions[:limit]:
             if tokens := excess(question.text):
                 raise UserError(
                     f"{name}: question {question.id!r}: its prompt is {tokens} tokens longer than "

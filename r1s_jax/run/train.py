@@ -10,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,10 +38,10 @@ from r1s_jax.types import Trajectory, UserError
 class Position:
     """Where a run stands; with the learner's arrays it is a checkpoint."""
 
+    rows: int  # of metrics.jsonl
     stage: int = 0
     stage_step: int = 0
     step: int = 0
-    rows: int = 0  # of metrics.jsonl
     skipped_in_a_row: int = 0
     stream: dict[str, Any] | None = None
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -62,13 +61,14 @@ def train(config: RunConfig, run_dir: RunDir) -> int:
         finished = run.stages()
         checkpointer.wait()
         if not finished:
-            progress.note(f"{stop.reason}: saved at step {run.at.step}; the same command resumes")
+            where = f"saved at step {run.at.step}" if run.at.step else "no step to save yet"
+            progress.note(f"{stop.reason}: {where}; the same command resumes")
             return EXIT_TRY_AGAIN
-        export, known = run.finish()
+        summary = run.finish()
     compiles.close()
     # Only now: on a terminal the live bar would share a line with the table.
-    final_report(run.at.results, known, [s.name for s in config.stages])
-    print(f"Hugging Face checkpoint: {export}", flush=True)
+    final_report(summary["results"], summary["floors"], [s.name for s in config.stages])
+    print(f"Hugging Face checkpoint: {summary['export']}", flush=True)
     return 0
 
 
@@ -89,7 +89,8 @@ class _Run:
         self.metrics, self.checkpointer, self.compiles = metrics, checkpointer, compiles
         self.stop = stop
         self.samples = TrajectoryWriter(run_dir.path, config.trajectories_per_step)
-        self.at = Position()
+        self.at = Position(rows=0)
+        self.summary: dict[str, Any] = {}  # of a finished run
         self.parts: Parts = build_parts(config)
         parts = self.parts
         self.learner = Learner(
@@ -127,6 +128,8 @@ class _Run:
 
     def _train(self, stage: StageConfig) -> bool:
         """The steps of a stage that are left; the last one is saved. False if asked to leave."""
+        if self.stop.requested and self.at.stage_step < stage.steps:
+            return False
         stream = QuestionStream(
             self.parts.train_questions,
             batch_size=self.config.questions_per_step,
@@ -185,8 +188,8 @@ class _Run:
                 return False
         return True
 
-    def finish(self) -> tuple[Path, dict[str, float]]:
-        """Exports the policy and writes the summary; returns the export and the floors."""
+    def finish(self) -> dict[str, Any]:
+        """Exports the policy and writes the summary; returns it."""
         export = hf.export(
             self.run_dir.hf.__fspath__(),
             self.parts.model,
@@ -195,20 +198,18 @@ class _Run:
             eos_ids=self.parts.tokenizer.eos_ids,
             pad_id=self.parts.tokenizer.pad_id,
         )
-        known = floors(self.parts.eval_questions)
-        write_json_atomic(
-            self.run_dir.summary,
-            {
+        if not self.summary:
+            self.summary = {
                 "run": self.run_dir.path.name,
                 "seed": self.config.seed,
                 "steps": self.at.step,
-                "floors": known,
+                "floors": floors(self.parts.eval_questions),
                 "results": self.at.results,
                 "compiles": self.compiles.count,
                 "export": str(export),
-            },
-        )
-        return export, known
+            }
+            write_json_atomic(self.run_dir.summary, self.summary)
+        return self.summary
 
     def _warm_up(self) -> None:
         """Compiles every program for every bucket; from here on nothing should compile."""
@@ -282,7 +283,7 @@ class _Run:
             self.samples.write(
                 self.at.step, f"eval-{folder}", trajectories, [{}] * len(trajectories)
             )
-        return not self.stop.requested
+        return True
 
     def _push(self) -> None:
         """Hands the learner's weights to the drained engine."""
@@ -298,15 +299,21 @@ class _Run:
         if self.checkpointer.latest_step() is None:
             self.metrics.cut_back(0)
             self.samples.cut_back(-1)
+            self.run_dir.summary.unlink(missing_ok=True)
             return
         step, arrays, host = self.checkpointer.restore(self.learner.abstract_checkpoint())
+        if "rows" not in host["position"]:
+            raise UserError(
+                f"{self.run_dir.checkpoints}/{step}: saved by an earlier version, which cannot be "
+                "resumed; choose another --run_dir"
+            )
         self.learner.restore(arrays)
         self.at = Position(**host["position"])
         self.progress.note(f"resuming after step {step}")
         last = len(self.config.stages) - 1
         ended = self.at.stage == last and self.at.stage_step == self.config.stages[last].steps
         if ended and self.run_dir.summary.exists():  # finished, evaluations included
-            self.at.results = json.loads(self.run_dir.summary.read_text())["results"]
+            self.summary = json.loads(self.run_dir.summary.read_text())
             self.at.stage += 1
             return
         self.metrics.cut_back(self.at.rows)
