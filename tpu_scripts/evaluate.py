@@ -5,8 +5,9 @@
 
 Prints a table and writes eval_MODE.json (figures) and eval_MODE.jsonl (every trajectory) into
 RUN, or into --out. Other modes than `search` are controls: forced (every response begins with a
-query), banned (the query tag cannot be written), wrong_passages (searches bring passages about
-something else), first_only (only the first search is answered).
+query), banned (the query tag cannot be written; the one turn has the tokens of all),
+wrong_passages (searches bring passages about something else), first_only (only the first search is
+answered).
 """
 
 import argparse

@@ -24,7 +24,7 @@ NO_SEARCH = SamplingConfig(temperature=0.0, banned=(BEGIN_QUERY[:2],))
 # name -> what it shows
 CONTROLS = {
     "forced": "every response is made to begin with a query",
-    "banned": "the query tag cannot be written",
+    "banned": "the query tag cannot be written; its one turn has the tokens of all turns",
     "wrong_passages": "every search brings well-formed passages about something else",
     "first_only": "only the first search of an episode is answered",
 }
@@ -45,6 +45,9 @@ def evaluate(
     retriever: Retriever = parts.index
     if mode == "forced":
         rollout_config = dataclasses.replace(rollout_config, opening=BEGIN_QUERY)
+    elif mode == "banned":
+        tokens = rollout_config.max_new_tokens * (rollout_config.max_searches + 1)
+        rollout_config = dataclasses.replace(rollout_config, max_new_tokens=tokens)
     elif mode == "wrong_passages":
         retriever = WrongPassages(parts.index, parts.index.documents, seed=config.seed)
     elif mode == "first_only":
