@@ -73,9 +73,6 @@ def train(
     if start is not None:
         command += ["--gin", f'run.PolicyConfig.checkpoint = "{start}"']
     print(" ".join(command), flush=True)
-    env = dict(os.environ)
-    if cold:
-        env["R1S_JAX_CACHE"] = tempfile.mkdtemp()
     started = time.perf_counter()
     if kill:
         with subprocess.Popen(command, cwd=ROOT) as process:
@@ -86,7 +83,9 @@ def train(
                 time.sleep(0.1)
             time.sleep(3)
             process.send_signal(signal.SIGKILL)
-    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    with tempfile.TemporaryDirectory() as empty:
+        cache = {"R1S_JAX_CACHE": empty} if cold else {}
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **cache}, check=True)
     spent = {"seconds": time.perf_counter() - started}
     # Of all children so far: an upper bound, exact for the largest.
     spent["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -72,9 +72,8 @@ def compare(run_dir: Path) -> dict[str, float]:
             )
             found["turns"] += 1
             found["turns_alike"] += int(np.array_equal(written[0, start:].numpy(), ids[start:end]))
-        prompt = parts.prompt.render(trajectory.question.text)
         own = parts.prompt.prompt_ids(parts.tokenizer, trajectory.question.text)
-        found["prompts_alike"] += int(cut(prompt)["input_ids"] == list(own))
+        found["prompts_alike"] += int(cut(parts.tokenizer.decode(own))["input_ids"] == own)
     return found
 
 

@@ -80,7 +80,7 @@ def check_group_size(samples_per_question: int, estimator: str) -> None:
 def has_contrast(
     rewards_N: Float[np.ndarray, " N"], group_ids_N: Int[np.ndarray, " N"]
 ) -> Bool[np.ndarray, " N"]:
-    """True for the episodes of groups whose clamped rewards differ.
+    """True for the episodes of groups whose clamped rewards differ; arrays as in `advantages`.
 
     The others say nothing about which sample was better (dynamic sampling of 2503.14476, without
     drawing replacements). Raises ValueError for a reward that is not finite.

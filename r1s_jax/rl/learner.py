@@ -51,6 +51,7 @@ class LearnerConfig:
     remat: bool = True
 
 
+# What an update measures; all of it is unknown where nothing is left to learn from.
 _DIAGNOSTICS = (
     "policy_loss",
     "clip_fraction",
@@ -193,12 +194,7 @@ class Learner:
                 "skipped_updates": 0.0,
             }
         counts_N = np.array([t.sampled_count for t in trajectories])
-        scalars_N = advantages(
-            rewards_N,
-            group_ids_N,
-            counts_N,
-            estimator=config.estimator,
-        )
+        scalars_N = advantages(rewards_N, group_ids_N, counts_N, estimator=config.estimator)
         slices = minibatches(len(trajectories), config.updates_per_rollout)
         packed = [
             pack(
