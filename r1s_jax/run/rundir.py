@@ -63,8 +63,8 @@ def open_run_dir(path: epath.PathLike, config_text: str) -> RunDir:
     A configuration that did not come as far as its first figure is replaced.
 
     Raises:
-        UserError: it belongs to another configuration, or to something else; nothing in it is
-            touched.
+        UserError: it cannot be made, or belongs to another configuration or to something else;
+            nothing in it is touched.
     """
     run = RunDir(path=epath.Path(path), resumed=(epath.Path(path) / CONFIG).exists())
     if run.resumed and _started(run):
@@ -79,7 +79,10 @@ def open_run_dir(path: epath.PathLike, config_text: str) -> RunDir:
             raise UserError(
                 f"{run.path}: not empty and no run directory: has {strangers[0]}, lacks {CONFIG}"
             )
-    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run.path}: cannot be made: {error.strerror}") from error
     if not run.resumed:
         write_text_atomic(run.config, config_text)  # first: it is what makes this a run directory
     for folder in (run.tensorboard, run.trajectories, run.checkpoints, run.hf):

@@ -76,3 +76,11 @@ def test_json_is_replaced_at_once(tmp_path):
         write_json_atomic(path, {"em": float("nan")})
     assert json.loads(path.read_text()) == {"em": 0.5, "name": "Rīga"}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_path_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot be made: ") as error:
+            open_run_dir(path, TEXT)
+        assert "\n" not in str(error.value)
