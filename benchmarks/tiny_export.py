@@ -29,7 +29,7 @@ def compare(run_dir: Path) -> dict[str, float]:
     import transformers
 
     from r1s_jax.models import hf
-    from r1s_jax.models.attention import attention, causal_mask
+    from r1s_jax.models.attention import causal_attend
     from r1s_jax.models.decoder import bind
     from r1s_jax.run.evaluate import evaluate
     from r1s_jax.run.setup import build_parts
@@ -45,11 +45,8 @@ def compare(run_dir: Path) -> dict[str, float]:
 
     @jax.jit
     def ours(tokens: jax.Array) -> jax.Array:
-        decoder, mask = bind(parts.model, params), causal_mask(tokens.shape[1])
-        positions = jnp.arange(tokens.shape[1])[None]
-        return decoder.unembed(
-            decoder(tokens, positions, lambda _, q, k, v: attention(q, k, v, mask))
-        )
+        decoder, positions = bind(parts.model, params), jnp.arange(tokens.shape[1])[None]
+        return decoder.unembed(decoder(tokens, positions, causal_attend(tokens.shape[1]))[0])
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     cut = transformers.AutoTokenizer.from_pretrained(export)

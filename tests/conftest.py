@@ -1,12 +1,15 @@
-"""Eight CPU devices for every test, and jaxtyping's annotations checked by beartype.
+"""Eight CPU devices for every test, no hub, and jaxtyping's annotations checked by beartype.
 
-Both have to be settled before jax and r1s_jax are imported, hence here and at import.
+All is to be settled before jax, huggingface_hub and r1s_jax are imported, hence at import.
 """
 
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# No test and no process of one asks the real hub, or finds what its cache happens to hold.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "no_hub")
 # XLA aborts the process where a device waits 40 s for the others; on a busy machine they come late.
 _FLAGS = {
     "--xla_force_host_platform_device_count": 8,

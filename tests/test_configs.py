@@ -103,35 +103,41 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused():
         config("stage2", "engine.EngineConfig.slots = 250")
 
 
-def test_weights_are_asked_for_before_anything_starts(tmp_path):
-    """A script's whole way: one line, code 2, no run directory."""
+def test_the_policy_is_asked_for_before_anything_starts(tmp_path):
+    """A script's whole way, offline and nothing cached: one line, code 2, no run directory."""
     script = pathlib.Path(launch.__file__).with_name("train.py")
     run_dir = tmp_path / "run"
     command = [sys.executable, str(script), "--config", "stage2", "--run_dir", str(run_dir)]
-    missing = str(tmp_path / "no_model")
-    command += ["--gin", f"run.PolicyConfig.checkpoint = {missing!r}"]
-    env = {**os.environ, "R1S_JAX_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "R1S_JAX_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: policy.checkpoint = {missing!r}: no config.json there")
-    assert "hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B" in done.stderr
+    field = (
+        "policy.checkpoint = 'Qwen/Qwen2.5-7B': no such folder, and on the hub Qwen/Qwen2.5-7B: "
+    )
+    assert done.stderr.startswith(f"error: {field}")
+    assert done.stderr.endswith("where there is a network: hf download Qwen/Qwen2.5-7B\n")
     assert done.stderr.count("\n") == 1 and not done.stdout
     assert not run_dir.exists() and not list((tmp_path / "cache").glob("atlas*"))
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "checkpoint", "words"),
     [
-        ("stage1_llama", ("models/Llama-3.1-8B-Instruct", "hf download meta-llama/")),
-        ("stage2_llama", ("runs/stage1_llama/hf", "--config stage1_llama")),
-        ("tiny_permuted", ("runs/tiny_stage1/hf", "--config tiny_stage1")),
+        ("stage1_llama", "", ("HF_HUB_OFFLINE", "hf download meta-llama/Llama-3.1-8B-Instruct")),
+        ("stage2_llama", "", ("runs/stage1_llama/hf", "--config stage1_llama")),
+        ("stage2_llama", "runs/llama", ("no such folder", "or train it first", "hf download")),
+        ("tiny_permuted", "", ("runs/tiny_stage1/hf", "--config tiny_stage1")),
+        ("stage2", "models/Qwen2.5-7B", ("no such folder", "hf download models/Qwen2.5-7B")),
+        ("stage2", "/no/model", ("no config.json there; put", "an id of the hub (OWNER/NAME)")),
+        ("stage2", "./model", ("no config.json there",)),
     ],
 )
-def test_what_is_missing_is_named_with_its_source(name, words, tmp_path, monkeypatch):
+def test_what_is_missing_is_named_with_its_source(name, checkpoint, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("r1s_jax.run.setup.REPOSITORY", tmp_path)
+    bindings = [f"run.PolicyConfig.checkpoint = {checkpoint!r}"] if checkpoint else []
     with pytest.raises(UserError) as caught:
-        check_inputs(config(name))
+        check_inputs(config(name, *bindings))
     message = str(caught.value)
     assert message.startswith("policy.checkpoint = ") and "\n" not in message
     for word in words:

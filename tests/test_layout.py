@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
     {"types"},
     {"sharding"},
-    {"data", "protocol", "models", "retrieval"},
+    {"data", "protocol", "models"},
+    {"retrieval"},
     {"engine"},
     {"rollout", "rl"},
     {"run"},

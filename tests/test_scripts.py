@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -17,7 +18,7 @@ from r1s_jax.rl.learner import LearnerState
 from r1s_jax.run.checkpoint import Checkpointer
 from r1s_jax.run.rundir import open_run_dir
 from r1s_jax.types import Document, UserError
-from tests import tiny
+from tests import hub_stub, tiny
 
 # Two stages of one step with the policy of tests/tiny.py, which fits no other shapes than these.
 SHAPES = {
@@ -26,6 +27,7 @@ SHAPES = {
     "run.WorldConfig.train_questions": '"{0}/train.jsonl"',
     "run.WorldConfig.eval_questions": '"{0}/eval.jsonl"',
     "run.WorldConfig.corpus": '"{0}/corpus"',
+    "run.RunConfig.export_dtype": '"float32"',
     "run.RunConfig.questions_per_step": "2",
     "run.RunConfig.samples_per_question": "2",
     "run.EvaluationConfig.controls": "False",
@@ -60,9 +62,10 @@ def template(tmp_path_factory):
         folder / "policy",
         tiny.MODEL,
         tiny.params(),
-        tokenizer_folder=folder / "tokenizer",
+        source=folder / "tokenizer",
         eos_ids=tiny.tokenizer().eos_ids,
         pad_id=tiny.tokenizer().pad_id,
+        dtype="float32",
     )
     write_index(folder / "corpus", dim=6)
     (folder / "prompt.txt").write_text(tiny.PROMPT.template + "\n")
@@ -109,9 +112,9 @@ def refused(monkeypatch, script, *args):
     return message
 
 
-def make_run(world, path):
+def make_run(world, path, *more):
     """A run directory that has saved step 3 and not exported yet."""
-    run = open_run_dir(path, launch.load_config("tiny", bindings(world)).text)
+    run = open_run_dir(path, launch.load_config("tiny", [*bindings(world), *more]).text)
     params = jax.tree.map(lambda p: p + 1, tiny.params())
     state = LearnerState(
         params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)}
@@ -245,6 +248,8 @@ def test_export_refuses_and_touches_nothing(world, monkeypatch, tmp_path):
         ([*to, world / "policy"], "is the policy the run starts from"),
         ([*to, world / "tokenizer"], "not empty and no export, it lacks config.json"),
         ([*to, world / "prompt.txt"], "is a file"),
+        ([*to, tmp_path / "new", "--push", "my model"], "'my model' is no id of the hub"),
+        ([*to, tmp_path / "new", "--push", "me/model"], "HF_HUB_OFFLINE is set"),
     ]
     for args, words in said:
         assert words in refused(monkeypatch, "export_hf", *args)
@@ -320,6 +325,36 @@ def test_export_evaluate_and_ask(world, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("\nquery ") == sum("<|begin_of_query|>" in s[1] for s in row["segments"])
     assert said.count("\ndocuments ") == len(row["searches"])
+
+
+def test_export_and_push(world, tmp_path):
+    """The start of the run comes from the hub, its export goes there."""
+    hub_id = 'run.PolicyConfig.checkpoint = "lab/policy"'
+    run = make_run(world, tmp_path / "run", hub_id)
+    script = pathlib.Path(launch.__file__).with_name("export_hf.py")
+    with hub_stub.HubStub() as hub:
+        files = {path.name: path.read_bytes() for path in (world / "policy").iterdir()}
+        hub.add("lab/policy", files)
+        more = {"HF_TOKEN": hub_stub.TOKEN, "R1S_JAX_CACHE": ""}
+        env = hub_stub.environment(tmp_path / "home", hub.url, **more)
+
+        def push(repo_id):
+            command = [sys.executable, str(script), "--run_dir", str(run.path), "--push", repo_id]
+            return subprocess.run(command, env=env, capture_output=True, text=True)
+
+        wrong = push("my model")
+        assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'my model' is no id")
+        assert wrong.stderr.count("\n") == 1
+        assert not any(run.hf.iterdir()) and not hub.requests
+        done = push("me/model")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(f"is in {run.hf}\npushed to {hub.url}/me/model\n")
+        assert not hub.asked("GET", "/store/")  # the start's shape and tokenizer are enough
+    pushed = hub.repositories["me/model"]
+    made, commit = pushed.commits
+    assert pushed.private and commit.message == "run: step 3"
+    exported = {path.name: path.read_bytes() for path in run.hf.iterdir()}
+    assert commit.files == {**made.files, **exported}
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from r1s_jax.engine.engine import Engine
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import EngineConfig
-from r1s_jax.models.decoder import DecoderConfig, init_params
+from r1s_jax.models.attention import causal_attend
+from r1s_jax.models.decoder import DecoderConfig, bind, init_params
 from r1s_jax.protocol.prompts import BasePrompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.rollout.episode import STOP_STRINGS
@@ -78,6 +79,14 @@ QUESTIONS = tuple(
     question(name, text)
     for name, text in {"a": "", "b": "bb?", "c": "a longer one", "d": "", "e": ""}.items()
 )
+
+
+def full_logits(model, params, tokens_BT, *, scan=False):
+    """Logits [B, T, V] of one full forward pass; rows are padded on the right, if at all."""
+    decoder = bind(model, params)
+    positions = jax.numpy.broadcast_to(jax.numpy.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    attend = causal_attend(tokens_BT.shape[1])
+    return decoder.unembed(decoder(tokens_BT, positions, attend, scan=scan)[0])
 
 
 @functools.cache

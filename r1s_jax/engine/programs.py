@@ -64,17 +64,15 @@ class Chunk:
 def prefill(model: DecoderConfig, params: Params, tokens_RP: Int[Array, "R P"]) -> Prefix:
     """KV of R right-padded prompts; padding comes after a row's tokens and is never looked at."""
     rows, length = tokens_RP.shape
-    keys, values = [], []
     mask = causal_mask(length)
 
-    def attend(_: int, q: Array, k: Array, v: Array) -> Array:
-        keys.append(jnp.transpose(k, (0, 2, 3, 1)))
-        values.append(jnp.transpose(v, (0, 2, 1, 3)))
-        return attention(q, k, v, mask)
+    def attend(_: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        return attention(q, k, v, mask), cache_order(k, v)
 
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    bind(model, params)(tokens_RP, positions, attend)
-    return Prefix(keys=tuple(keys), values=tuple(values))
+    _, kept = bind(model, params)(tokens_RP, positions, attend)
+    keys, values = zip(*kept, strict=True)
+    return Prefix(keys=keys, values=values)
 
 
 def insert(
@@ -127,22 +125,21 @@ def extend(
     slots = state.lengths_B.shape[0]
     held = jnp.minimum(slots_R, slots - 1)
     starts_R = state.lengths_B[held]
-    keys, values = [], []
     seen = jnp.arange(state.keys[0].shape[-1])[None] < starts_R[:, None]  # [R S]
     causal = causal_mask(length)[:, None, None]
 
-    def attend(index: int, q: Array, k: Array, v: Array) -> Array:
-        keys.append(jnp.transpose(k, (0, 2, 3, 1)))
-        values.append(jnp.transpose(v, (0, 2, 1, 3)))
+    def attend(index: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         q = group_heads(q, k.shape[2])
+        k, v = cache_order(k, v)
         pieces = [
             (state.keys[index][held], state.values[index][held], seen[:, None, None, None]),
-            (keys[index], values[index], causal),
+            (k, v, causal),
         ]
-        return cached_attention(q, pieces)
+        return cached_attention(q, pieces), (k, v)
 
     positions = starts_R[:, None] + jnp.arange(length)
-    bind(model, params)(tokens_RE, positions, attend)
+    _, kept = bind(model, params)(tokens_RE, positions, attend)
+    keys, values = zip(*kept, strict=True)
     done = (budget_R > 0) & (slots_R < slots)
 
     def put(register: Array, value: Array) -> Array:
@@ -151,8 +148,8 @@ def extend(
 
     return dataclasses.replace(
         state,
-        keys=write_rows(state.keys, tuple(keys), slots_R, starts_R, axis=3),
-        values=write_rows(state.values, tuple(values), slots_R, starts_R, axis=2),
+        keys=write_rows(state.keys, keys, slots_R, starts_R, axis=3),
+        values=write_rows(state.values, values, slots_R, starts_R, axis=2),
         lengths_B=state.lengths_B.at[slots_R].add(counts_R, mode="drop"),
         pending_B=put(state.pending_B, pending_R),
         stop_state_B=put(state.stop_state_B, jnp.zeros_like(slots_R)),
@@ -183,25 +180,24 @@ def decode_chunk(
     def step(carry):
         c, live, pending, stop_state, ban_state, budget, tails, chunk = carry
         tail_keys, tail_values = tails
-        new_keys, new_values = [], []
 
-        def attend(index: int, q: Array, k: Array, v: Array) -> Array:
-            k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
-            new_keys.append(jax.lax.dynamic_update_slice(tail_keys[index], k, (0, 0, 0, c)))
-            new_values.append(jax.lax.dynamic_update_slice(tail_values[index], v, (0, 0, c, 0)))
+        def attend(index: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            k, v = cache_order(k, v)
+            k = jax.lax.dynamic_update_slice(tail_keys[index], k, (0, 0, 0, c))
+            v = jax.lax.dynamic_update_slice(tail_values[index], v, (0, 0, c, 0))
             pieces = [
                 (state.keys[index], state.values[index], seen[:, None, None, None]),
-                (new_keys[index], new_values[index], (tail_index <= c)[None, None, None, None]),
+                (k, v, (tail_index <= c)[None, None, None, None]),
             ]
-            return cached_attention(group_heads(q, k.shape[1]), pieces)
+            return cached_attention(group_heads(q, k.shape[1]), pieces), (k, v)
 
         positions = state.lengths_B + c
-        hidden = decoder(pending[:, None], positions[:, None], attend)[:, 0]
+        hidden, kept = decoder(pending[:, None], positions[:, None], attend)
         forbidden = None
         if sampling.banned:
             forbidden = tables.banned_accepting_S[tables.banned_next_SV[ban_state]]
         token, logprob = sample(
-            decoder.unembed(hidden), state.seeds_B2, positions + 1, sampling, forbidden
+            decoder.unembed(hidden[:, 0]), state.seeds_B2, positions + 1, sampling, forbidden
         )
         token = jnp.where(live, token, 0)
         if sampling.banned:
@@ -219,7 +215,7 @@ def decode_chunk(
         )
         pending = jnp.where(live, token, pending)
         live = live & (stops == Stop.RUNNING)
-        tails = (tuple(new_keys), tuple(new_values))
+        tails = tuple(zip(*kept, strict=True))
         return c + 1, live, pending, stop_state, ban_state, budget, tails, chunk
 
     def going_on(carry):
@@ -256,6 +252,13 @@ def decode_chunk(
         live_B=live,
     )
     return state, chunk
+
+
+def cache_order(
+    k_BTKh: Float[Array, "B T K h"], v_BTKh: Float[Array, "B T K h"]
+) -> tuple[Float[Array, "B K h T"], Float[Array, "B K T h"]]:
+    """Keys and values as the cache holds them; see `EngineState`."""
+    return jnp.transpose(k_BTKh, (0, 2, 3, 1)), jnp.transpose(v_BTKh, (0, 2, 1, 3))
 
 
 def group_heads(q_BTHh: Float[Array, "B T H h"], groups: int) -> Float[Array, "B K g T h"]:

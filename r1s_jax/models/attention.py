@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,3 +37,9 @@ def attention(
 def causal_mask(length: int) -> Bool[Array, "1 T T"]:
     """True on and below the diagonal."""
     return jnp.tril(jnp.ones((length, length), bool))[None]
+
+
+def causal_attend(length: int) -> Callable[[Any, Array, Array, Array], tuple[Array, None]]:
+    """The decoder's `attend` callback for whole sequences from their start; keeps nothing."""
+    mask = causal_mask(length)
+    return lambda _, q, k, v: (attention(q, k, v, mask), None)

@@ -1,9 +1,10 @@
-"""The decoder policy (Qwen2 and Llama architectures) as a Flax nnx module.
+"""The decoder policy (Qwen2, Qwen3 and Llama architectures) as a Flax nnx module.
 
-One module serves all programs. It knows nothing of caches: every attention layer hands its
-rotated queries, keys and values to an `attend` callback, and the caller (learner, prefill,
-extend, decode) decides what is attended to. Layers are stacked along a leading axis L, so a
-checkpoint has one key table whether layers are unrolled or scanned.
+One module serves all families, which differ by switches of its config, and all programs. It knows
+nothing of caches: every attention layer hands its rotated queries, keys and values to an `attend`
+callback, and the caller (learner, prefill, extend, decode) decides what is attended to. Layers are
+stacked along a leading axis L, so a checkpoint has one key table whether layers are unrolled or
+scanned.
 
 Each parameter is declared once: shape, logical axes, initialiser.
 """
@@ -12,18 +13,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 Params = dict[str, Any]
-# (layer index, q [B T H h], k [B T K h], v [B T K h]) -> attended values [B T H h]
-Attend = Callable[[int, Array, Array, Array], Array]
+# (layer, q [B T H h], k [B T K h], v [B T K h]) -> (attended values [B T H h], what to keep).
+# What is kept is any pytree, or None; the layer is a traced number where layers are scanned.
+Attend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
+# What the backward pass computes again: nothing, whole layers, or all but their matmuls' results.
+Remat = Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretch of the context (`rope_type` "llama3"), in config.json's names."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +53,11 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # bias of the q, k and v projections (Qwen2: yes, Llama: no)
+    attention_bias: bool = False  # bias of the q, k and v projections (Qwen2)
+    qk_norm: bool = False  # each head's query and key are normed before they are rotated (Qwen3)
     max_position_embeddings: int = 32_768
 
 
@@ -74,6 +91,9 @@ class Layers(nnx.Module):
             self.q_bias = vector(q_width, "heads", 0.0)
             self.k_bias = vector(kv_width, "kv_heads", 0.0)
             self.v_bias = vector(kv_width, "kv_heads", 0.0)
+        if c.qk_norm:
+            self.q_norm = vector(c.head_dim, "norm", 1.0)
+            self.k_norm = vector(c.head_dim, "norm", 1.0)
         self.mlp_norm = vector(c.hidden_size, "norm", 1.0)
         self.gate_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
         self.up_kernel = kernel(c.hidden_size, c.intermediate_size, ("embed", "ffn"))
@@ -100,23 +120,41 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         attend: Attend,
         *,
-        remat: bool = False,
-    ) -> Float[Array, "B T D"]:
-        """Runs all layers. `attend(layer, q, k, v)` is called once per layer, in order.
+        scan: bool = False,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """Runs all layers; returns the hidden states and what `attend` kept, layer by layer.
 
-        With `remat` a layer's activations are recomputed in the backward pass.
+        With `scan` one layer is compiled and run L times: small programs for deep models, at the
+        price of what is kept being stacked first. `remat` trades the memory of activations for
+        computing them again in the backward pass.
         """
         stacked: Params = nnx.to_pure_dict(nnx.state(self.layers))
-        cos, sin = rope_table(positions_BT, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_table(positions_BT, rope_frequencies(self.config))
         x = self.embedding[...][tokens_BT]
-        for index in range(self.config.num_hidden_layers):
-            params = jax.tree.map(lambda p, index=index: p[index], stacked)
 
-            def run(x: Array, params: Params, index: int = index) -> Array:
-                return layer(self.config, params, x, cos, sin, lambda *qkv: attend(index, *qkv))
+        def run(x: Array, index: Any, params: Params) -> tuple[Array, Any]:
+            return layer(self.config, params, x, cos, sin, lambda *qkv: attend(index, *qkv))
 
-            x = (jax.checkpoint(run) if remat else run)(x, params)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        if remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # Inside a scan nothing can be merged with the forward pass anyway.
+            run = jax.checkpoint(
+                run,
+                policy=dots if remat == "dots" else None,
+                prevent_cse=not scan,
+                static_argnums=() if scan else (1,),
+            )
+        count = self.config.num_hidden_layers
+        if scan:
+            x, every = jax.lax.scan(lambda x, xs: run(x, *xs), x, (jnp.arange(count), stacked))
+            kept = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], every) for i in range(count))
+        else:
+            kept = ()
+            for i in range(count):
+                x, one = run(x, i, jax.tree.map(lambda p, i=i: p[i], stacked))
+                kept = (*kept, one)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), kept
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits, in f32."""
@@ -130,9 +168,9 @@ def layer(
     x_BTD: Float[Array, "B T D"],
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
-    attend: Callable[[Array, Array, Array], Array],
-) -> Float[Array, "B T D"]:
-    """One pre-norm block: attention, then a gated feed-forward network."""
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One pre-norm block: attention, then a gated feed-forward network; and what `attend` kept."""
     rows, length, _ = x_BTD.shape
     normed = rms_norm(x_BTD, params["input_norm"], config.rms_norm_eps)
     q, k, v = (normed @ params[f"{n}_kernel"] for n in "qkv")
@@ -141,11 +179,14 @@ def layer(
     q = q.reshape(rows, length, config.num_attention_heads, config.head_dim)
     k = k.reshape(rows, length, config.num_key_value_heads, config.head_dim)
     v = v.reshape(rows, length, config.num_key_value_heads, config.head_dim)
-    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    if config.qk_norm:
+        q = rms_norm(q, params["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"], config.rms_norm_eps)
+    mixed, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
     x_BTD = x_BTD + mixed.reshape(rows, length, -1) @ params["o_kernel"]
     normed = rms_norm(x_BTD, params["mlp_norm"], config.rms_norm_eps)
     gated = jax.nn.silu(normed @ params["gate_kernel"]) * (normed @ params["up_kernel"])
-    return x_BTD + gated @ params["down_kernel"]
+    return x_BTD + gated @ params["down_kernel"], kept
 
 
 def rms_norm(
@@ -157,12 +198,31 @@ def rms_norm(
     return normed.astype(x.dtype) * scale
 
 
+def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
+    """Angle per position of each rotated pair: theta^(-2i/h), stretched where the config says so.
+
+    Far from the start of a text the last bit of a frequency is worth a thousandth of a radian,
+    so these are rounded as transformers rounds them: the exponent, the power and its inverse to
+    f32 each. The stretch (Llama 3.1): wavelengths beyond original/low_freq_factor positions grow
+    by `factor`, those below original/high_freq_factor stay, and between them it is blended in.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = np.power(np.float64(config.rope_theta), exponents.astype(np.float64))
+    frequencies = np.float32(1) / powers.astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings / (np.float32(2 * np.pi) / frequencies)
+    share = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    return (1 - share) * frequencies / np.float32(scaling.factor) + share * frequencies
+
+
 def rope_table(
-    positions_BT: Int[Array, "B T"], head_dim: int, theta: float
+    positions_BT: Int[Array, "B T"], frequencies: Float[np.ndarray, " half"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosines and sines of the rotary angles (Su et al. 2021), f32, broadcast over heads."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * theta**-exponents
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -191,7 +251,13 @@ def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> tu
     return state, nnx.to_pure_dict(axes)
 
 
-def bind(config: DecoderConfig, params: Params) -> Decoder:
-    """The module over these parameters; cheap, meant to be called inside jitted functions."""
+def bind(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> Decoder:
+    """The module over these parameters; cheap, meant to be called inside jitted functions.
+
+    With `dtype` it computes in that type, whatever the parameters' own; sums that need it (norms,
+    softmax, logits) stay f32.
+    """
     graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
     return nnx.merge(graph, params)

@@ -1,33 +1,23 @@
-"""Hugging Face folders in and out: `config.json` and safetensors, one key table for both ways."""
+"""Hugging Face folders in and out: the decoder's key table, used in both directions."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from r1s_jax.models import weights
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
-from r1s_jax.sharding import check_divisible, named_sharding
+from r1s_jax.models.families import config_json, read_config, read_json
+from r1s_jax.models.weights import Key
 from r1s_jax.types import UserError
 
-FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,181 +26,57 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
+# Licences ask to be passed on.
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 
-# Our name -> (Hugging Face's name, stored transposed). `{i}` is the layer.
 _TOP = {
-    "embedding": ("model.embed_tokens.weight", False),
-    "final_norm": ("model.norm.weight", False),
-    "lm_head": ("lm_head.weight", False),
+    "embedding": Key("model.embed_tokens.weight"),
+    "final_norm": Key("model.norm.weight"),
+    "lm_head": Key("lm_head.weight"),
 }
 _LAYER = {
-    "input_norm": ("model.layers.{i}.input_layernorm.weight", False),
-    "mlp_norm": ("model.layers.{i}.post_attention_layernorm.weight", False),
-    **{f"{n}_kernel": (f"model.layers.{{i}}.self_attn.{n}_proj.weight", True) for n in "qkvo"},
-    **{f"{n}_bias": (f"model.layers.{{i}}.self_attn.{n}_proj.bias", False) for n in "qkv"},
+    "input_norm": Key("model.layers.{i}.input_layernorm.weight"),
+    "mlp_norm": Key("model.layers.{i}.post_attention_layernorm.weight"),
     **{
-        f"{n}_kernel": (f"model.layers.{{i}}.mlp.{n}_proj.weight", True)
+        f"{n}_kernel": Key(f"model.layers.{{i}}.self_attn.{n}_proj.weight", transposed=True)
+        for n in "qkvo"
+    },
+    **{f"{n}_bias": Key(f"model.layers.{{i}}.self_attn.{n}_proj.bias") for n in "qkv"},
+    **{f"{n}_norm": Key(f"model.layers.{{i}}.self_attn.{n}_norm.weight") for n in "qk"},
+    **{
+        f"{n}_kernel": Key(f"model.layers.{{i}}.mlp.{n}_proj.weight", transposed=True)
         for n in ("gate", "up", "down")
     },
 }
 
 
-def read_config(folder: str | Path) -> DecoderConfig:
-    """Reads `config.json`. Raises UserError, naming the field, for what is not supported."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: not found; download the model (config.json, tokenizer.json, *.safetensors) "
-            f"into {folder}"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a JSON {type(raw).__name__}, must be an object")
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{path}: model_type is {family!r}, must be one of {sorted(FAMILIES)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refused = {
-        "rope_type": rope_type if rope_type != "default" else None,
-        "use_sliding_window": raw.get("use_sliding_window") or None,
-        "hidden_act": raw["hidden_act"] if raw.get("hidden_act", "silu") != "silu" else None,
-        "mlp_bias": raw.get("mlp_bias") or None,
-        # Llama's flag stands for four biases, the output projection's among them.
-        "attention_bias": (family == "llama" and raw.get("attention_bias")) or None,
-    }
-    for field, value in refused.items():
-        if value is not None:
-            raise UserError(f"{path}: {field} = {value!r} is not supported")
-    for field in _SIZES:
-        value = raw.get(field)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"{path}: {field} = {value!r}, must be a whole number above 0")
-    try:
-        return DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family == "qwen2",
-            max_position_embeddings=raw.get("max_position_embeddings", 32_768),
-        )
-    except KeyError as e:
-        raise UserError(f"{path}: field {e.args[0]!r} is missing") from e
+def keys(config: DecoderConfig) -> dict[str, Any]:
+    """The key of every parameter, as a tree of the parameters' form."""
+    abstract, _ = abstract_params(config)
+    table: dict[str, Any] = {name: _TOP[name] for name in abstract if name != "layers"}
+    return {**table, "layers": {name: _LAYER[name] for name in abstract["layers"]}}
 
 
-def config_json(config: DecoderConfig, eos_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:
-    """The `config.json` that transformers reads back into the same decoder."""
-    family = "qwen2" if config.attention_bias else "llama"
-    return {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_sliding_window": False,
-        "bos_token_id": None,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
-        "pad_token_id": pad_id,
-        "torch_dtype": "float32",
-    }
-
-
-def require_weights(folder: str | Path) -> list[Path]:
-    """The weight files of a folder. Raises UserError where there are none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors; download the model's weights into it")
-    return files
+def check_weights(folder: str | Path, config: DecoderConfig) -> None:
+    """Compares the headers of the weight files with the config; see `weights.check`."""
+    weights.check(folder, keys(config), abstract_params(config)[0], ignored=_ignored(config))
 
 
 def load_params(
-    folder: str | Path, config: DecoderConfig, mesh: Mesh, dtype: Any = jnp.float32
+    folder: str | Path, config: DecoderConfig, mesh: Mesh, dtype: DTypeLike = jnp.float32
 ) -> Params:
-    """Reads `*.safetensors` into the layout of the mesh. Raises what `check_weights` raises."""
-    from safetensors import safe_open
-
-    where = check_weights(folder, config)
+    """Streams the weights into the layout of the mesh; see `weights.load`."""
     abstract, axes = abstract_params(config, dtype)
-
-    def read(key: str) -> np.ndarray:
-        with safe_open(where[key], framework="np") as f:
-            return f.get_tensor(key)
-
-    def place(name: str, value: np.ndarray, names: tuple[str, ...]) -> jax.Array:
-        check_divisible(mesh, name, value.shape, names)
-        return jax.device_put(value.astype(dtype), named_sharding(mesh, names))
-
-    params: Params = {
-        name: place(name, _oriented(read(_TOP[name][0]), _TOP[name][1]), axes[name])
-        for name in abstract
-        if name != "layers"
-    }
-    params["layers"] = {
-        name: place(
-            name,
-            np.stack(
-                [
-                    _oriented(read(_LAYER[name][0].format(i=i)), _LAYER[name][1])
-                    for i in range(config.num_hidden_layers)
-                ]
-            ),
-            axes["layers"][name],
-        )
-        for name in abstract["layers"]
-    }
-    return params
+    return weights.load(folder, keys(config), abstract, axes, mesh, ignored=_ignored(config))
 
 
-def check_weights(folder: str | Path, config: DecoderConfig) -> dict[str, Path]:
-    """The file of every tensor, by Hugging Face's name; reads headers only.
-
-    Raises UserError listing missing, surplus or misshapen tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = require_weights(folder)
-    where: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as f:
-                where.update({k: (file, tuple(f.get_slice(k).get_shape())) for k in f.keys()})  # noqa: SIM118
-        except SafetensorError as e:
-            raise UserError(f"{file}: not a complete safetensors file: {e}") from e
-    wanted = dict(_wanted(config, abstract_params(config)[0]))
-    surplus = set(where) - set(wanted) - {"lm_head.weight"}
-    problems = [f"missing {k}" for k in sorted(set(wanted) - set(where))]
-    problems += [f"surplus {k}" for k in sorted(surplus)]
-    problems += [
-        f"{k} is {list(where[k][1])}, config.json says {list(shape)}"
-        for k, shape in sorted(wanted.items())
-        if k in where and where[k][1] != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"{folder}: {'; '.join(problems[:3])}{more}")
-    return {key: file for key, (file, _) in where.items()}
+def _ignored(config: DecoderConfig) -> tuple[str, ...]:
+    """What files may carry for nothing: a copy of the tied table, angles of old releases."""
+    angles = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+    return (*angles, "lm_head.weight") if config.tie_word_embeddings else angles
 
 
 def export(
@@ -218,64 +84,76 @@ def export(
     config: DecoderConfig,
     params: Params,
     *,
-    tokenizer_folder: str | Path,
+    source: str | Path,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    card: str = "",
+    shard_bytes: int = weights.SHARD_BYTES,
 ) -> Path:
-    """Writes a folder that `transformers` loads, f32; it appears whole or not at all."""
-    from safetensors.numpy import save_file
+    """Writes a folder that transformers and vLLM load; it appears whole or not at all.
 
-    folder = Path(folder)
+    What the weights do not determine (tokenizer, chat template, licence, generation settings,
+    every other field of config.json) is taken over from `source`, the folder the policy began as;
+    a source that is only a tokenizer gets a config of its own. `card` becomes README.md. On
+    several hosts all of them call this and process 0 writes.
+
+    Raises:
+        UserError: the folder cannot be written, for want of room for example; what stood there
+            before still stands.
+    """
+    folder, source = Path(folder), Path(source)
     part = folder.with_name(folder.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    raw = config_json(config, eos_ids, pad_id)
-    (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    weights = part / "model.safetensors"
-    save_file(dict(_tensors(params)), weights, metadata={"format": "pt"})
-    weights.chmod((part / "config.json").stat().st_mode)  # safetensors makes it private
-    generation = {k: raw[k] for k in ("eos_token_id", "pad_token_id")}
-    (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source := Path(tokenizer_folder) / name).is_file():
-            shutil.copyfile(source, part / name)
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old)
-    else:
-        part.rename(folder)
+    try:
+        if jax.process_index() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        weights.save(part, keys(config), params, dtype=dtype, shard_bytes=shard_bytes)
+        if jax.process_index() == 0:
+            _write_rest(part, config, source, eos_ids, pad_id, dtype, card)
+            _replace(folder, part)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written: {e.strerror or e}") from e
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    to_host: Callable[[Any], np.ndarray] = lambda x: np.asarray(jax.device_get(x), np.float32)  # noqa: E731
-    for name, value in params.items():
-        if name != "layers":
-            key, transposed = _TOP[name]
-            yield key, _oriented(to_host(value), transposed)
-    for name, value in params["layers"].items():
-        key, transposed = _LAYER[name]
-        for i, one in enumerate(to_host(value)):
-            yield key.format(i=i), _oriented(one, transposed)
+def _write_rest(
+    part: Path,
+    config: DecoderConfig,
+    source: Path,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    dtype: DTypeLike,
+    card: str,
+) -> None:
+    for name in (*TOKENIZER_FILES, *LICENCE_FILES, GENERATION):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / name)
+    raw = config_json(config, eos_ids, pad_id)
+    if not (part / GENERATION).exists():
+        generation = {field: raw[field] for field in ("eos_token_id", "pad_token_id")}
+        _write_json(part / GENERATION, generation)
+    if (source / CONFIG).is_file() and read_config(source) == config:
+        raw = read_json(source / CONFIG)
+    raw.pop("dtype", None)
+    if card:
+        (part / CARD).write_text(card, "utf-8")
+    # Last of all: without it nothing loads a folder that was left half written.
+    _write_json(part / CONFIG, {**raw, "torch_dtype": jnp.dtype(dtype).name})
 
 
-def _wanted(config: DecoderConfig, abstract: Params) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, value in abstract.items():
-        if name != "layers":
-            yield _TOP[name][0], _flip(value.shape, _TOP[name][1])
-    for name, value in abstract["layers"].items():
-        key, transposed = _LAYER[name]
-        for i in range(config.num_hidden_layers):
-            yield key.format(i=i), _flip(value.shape[1:], transposed)
+def _replace(folder: Path, part: Path) -> None:
+    """Puts the finished folder in the place of the one before."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _flip(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
-    return tuple(reversed(shape)) if transposed else tuple(shape)
-
-
-def _oriented(value: np.ndarray, transposed: bool) -> np.ndarray:
-    return np.ascontiguousarray(value.T) if transposed else value
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

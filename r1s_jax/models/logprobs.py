@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from r1s_jax.models.attention import attention, causal_mask
-from r1s_jax.models.decoder import Decoder, DecoderConfig, Params, bind
+from r1s_jax.models.attention import causal_attend
+from r1s_jax.models.decoder import Decoder, DecoderConfig, Params, Remat, bind
 
 
 def token_logprobs(
@@ -17,7 +18,9 @@ def token_logprobs(
     tokens_BT: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
-    remat: bool = False,
+    dtype: DTypeLike | None = None,
+    scan: bool = False,
+    remat: Remat = "none",
     positions_per_chunk: int = 1024,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of every token given those before it, and the entropy of its distribution.
@@ -25,12 +28,12 @@ def token_logprobs(
     Index t speaks of token t; index 0, which nothing predicts, is 0 in both. Rows are padded on
     the right, so causality keeps padding out. Logits live for `positions_per_chunk` positions
     at a time and are computed again in the backward pass. The entropy carries no gradient.
+    `dtype` is what the layers compute in; `scan` and `remat` as in `Decoder`.
     """
     rows, length = tokens_BT.shape
-    decoder = bind(model, params)
-    mask = causal_mask(length)
+    decoder = bind(model, params, dtype)
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    hidden = decoder(tokens_BT, positions, lambda _, q, k, v: attention(q, k, v, mask), remat=remat)
+    hidden, _ = decoder(tokens_BT, positions, causal_attend(length), scan=scan, remat=remat)
     count = rows * (length - 1)
     chunks = -(-count // positions_per_chunk)
     pad = chunks * positions_per_chunk - count

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _HOW_TO = "put the checkpoint's tokenizer.json and tokenizer_config.json into that folder"
 
 
+# Bytes that every vocabulary has to spell; SmolLM2's for one lacks some control characters.
+_NEEDED = frozenset(range(0x20, 0x7F)) | {0x0A}
+
+
 class Tokenizer:
     """Text to ids and back. All methods may be called from several threads.
 
@@ -70,6 +74,8 @@ class Tokenizer:
         )
         self.token_bytes: tuple[bytes, ...] = _token_bytes(self._control, added, vocab_size, name)
         self.vocab_size: int = len(self.token_bytes)
+        single = {b[0] for b in self.token_bytes if len(b) == 1}
+        self._unspelt = bytes(b for b in range(256) if b not in single)
         own_eos = [] if fast.eos_token_id is None else [int(fast.eos_token_id)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*own_eos, *eos_ids)))
         self.bos_id: int | None = fast.bos_token_id
@@ -109,13 +115,26 @@ class Tokenizer:
         return cls(fast, vocab_size=vocab_size, eos_ids=eos_ids, name=str(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as plain text: no special tokens added, none recognised in it."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Ids of `text` as plain text: no special tokens added, none recognised in it.
+
+        A character with a byte that the vocabulary cannot spell reads as a question mark: left
+        out, as the backend would, it might let its neighbours fall together into a tag.
+        """
+        return self._plain.encode(self._spelt(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        spelt = [self._spelt(text) for text in texts]
+        encodings = self._plain.encode_batch(spelt, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def _spelt(self, text: str) -> str:
+        raw = text.encode()
+        if len(raw.translate(None, self._unspelt)) == len(raw):
+            return text
+        return "".join(
+            c if c.encode().translate(None, self._unspelt) == c.encode() else "?" for c in text
+        )
 
     def encode_template(self, head: str, foreign: str, tail: str) -> list[int]:
         """Ids of `head + foreign + tail` in which only head and tail, our own, may hold controls.
@@ -207,9 +226,11 @@ def _token_bytes(
     if count > size:
         raise UserError(f"{name}: the tokenizer has {count} ids but the model only {size} rows")
     alphabet = byte_alphabet()
-    missing = sum(char not in vocab for char in alphabet)
+    missing = sum(char not in vocab for char, byte in alphabet.items() if byte in _NEEDED)
     if missing:
-        raise UserError(f"{name}: not a byte-level BPE: {missing} of 256 bytes have no token")
+        raise UserError(
+            f"{name}: not a byte-level BPE: {missing} of {len(_NEEDED)} ASCII bytes have no token"
+        )
     table = [b""] * size
     for token, i in vocab.items():
         if i in added:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
+from r1s_jax.models.decoder import DecoderConfig, Params, Remat, abstract_params
 from r1s_jax.models.logprobs import token_logprobs
 from r1s_jax.rl.advantages import advantages, estimator_by_name, has_contrast, token_advantages
 from r1s_jax.rl.batching import Batch, empty_batch, minibatches, pack, unpack
@@ -48,7 +48,9 @@ class LearnerConfig:
     updates_per_rollout: int = 4
     rows: int = 16  # of a micro-batch
     length_buckets: tuple[int, ...] = (2048,)
-    remat: bool = True
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters stay f32
+    scan_layers: bool = True  # one layer is compiled, not L; unrolled runs faster on a CPU
+    remat: Remat = "full"
 
 
 # What an update measures; all of it is unknown where nothing is left to learn from.
@@ -119,7 +121,7 @@ class Learner:
         # The update donates its input: a start that others hold (or the reference) is copied.
         self.state = LearnerState(params=self._copy(params), opt_state=self._init(params))
         self._zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=layout)
-        score = partial(_score, model, temperature)
+        score = partial(_score, model, config, temperature)
         self._score = jax.jit(score, out_shardings=named_sharding(mesh, ("rows", None)))
         self._accumulate = jax.jit(
             partial(_accumulate, model, config, temperature),
@@ -313,9 +315,20 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
 
 
 def _score(
-    model: DecoderConfig, temperature: float, params: Params, tokens_BT: Array
+    model: DecoderConfig,
+    config: LearnerConfig,
+    temperature: float,
+    params: Params,
+    tokens_BT: Array,
 ) -> Float[Array, "B T"]:
-    return token_logprobs(model, params, tokens_BT, temperature=temperature)[0]
+    return token_logprobs(
+        model,
+        params,
+        tokens_BT,
+        temperature=temperature,
+        dtype=config.compute_dtype,
+        scan=config.scan_layers,
+    )[0]
 
 
 def _accumulate(
@@ -333,7 +346,13 @@ def _accumulate(
 
     def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
         logprobs, entropy = token_logprobs(
-            model, params, batch.tokens_BT, temperature=temperature, remat=config.remat
+            model,
+            params,
+            batch.tokens_BT,
+            temperature=temperature,
+            dtype=config.compute_dtype,
+            scan=config.scan_layers,
+            remat=config.remat,
         )
         mask = batch.mask_BT[:, 1:]
         loss, aux = policy_loss(

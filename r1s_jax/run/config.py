@@ -17,9 +17,9 @@ from r1s_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Where the policy starts: a Hugging Face folder, and how it is prompted."""
+    """Where the policy starts, and how it is prompted."""
 
-    checkpoint: str
+    checkpoint: str  # a Hugging Face folder, or an id of the hub: OWNER/NAME
     prompt: Literal["base", "chat", "tiny"] = "base"
     prompt_file: str = ""  # a template that replaces the `base` wording
     source: str = ""  # how to get the folder; said where it is missing
@@ -72,6 +72,7 @@ class RunConfig:
     questions_per_step: int = 64
     samples_per_question: int = 16
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the engine's copy and its cache
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     checkpoint_every: int = 20
     keep_checkpoints: int = 2

@@ -1,23 +1,54 @@
-"""From a run's latest checkpoint to a Hugging Face folder."""
+"""From a run to a Hugging Face folder: at its end, or from its latest checkpoint."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jax
 from etils import epath
 
-from r1s_jax.models import hf
-from r1s_jax.models.decoder import abstract_params
+from r1s_jax.models import hf, weights
+from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
 from r1s_jax.protocol.tokenizer import Tokenizer
+from r1s_jax.run.card import model_card
 from r1s_jax.run.checkpoint import Checkpointer
 from r1s_jax.run.config import RunConfig
-from r1s_jax.run.setup import resolve
+from r1s_jax.run.rundir import RunDir
+from r1s_jax.run.setup import find_policy
 from r1s_jax.sharding import MeshConfig, make_mesh, named_sharding
 from r1s_jax.types import UserError
 
-_WEIGHTS = "model.safetensors"
-_FILES = {"config.json", "generation_config.json", _WEIGHTS, *hf.TOKENIZER_FILES}
+_FILES = {
+    *(hf.CONFIG, hf.GENERATION, hf.CARD, weights.SINGLE, weights.INDEX),
+    *hf.TOKENIZER_FILES,
+    *hf.LICENCE_FILES,
+}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def export_policy(
+    config: RunConfig,
+    run: RunDir,
+    step: int,
+    model: DecoderConfig,
+    params: Params,
+    *,
+    source: Path,
+    tokenizer: Tokenizer,
+    out: Path,
+) -> Path:
+    """Writes `params`, the policy after `step`, with the run's provenance; see `hf.export`."""
+    return hf.export(
+        out,
+        model,
+        params,
+        source=source,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        dtype=config.export_dtype,
+        card=model_card(config, run, step),
+    )
 
 
 def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[int, Path]:
@@ -29,7 +60,7 @@ def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[i
         UserError: no checkpoint, one of another architecture than the run's starting policy
             (whose shape and tokenizer the export takes), or `out` is not to be written over.
     """
-    start = resolve(config.policy.checkpoint)
+    start = find_policy(config.policy)
     require_replaceable(out, keep=start)
     model = hf.read_config(start)
     tokenizer = Tokenizer.load(start, vocab_size=model.vocab_size)
@@ -44,13 +75,15 @@ def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[i
     )
     with Checkpointer(epath.Path(run_dir) / "checkpoints", read_only=True) as checkpointer:
         step, arrays, _ = checkpointer.restore({"state": {"params": wanted}}, partial=True)
-    folder = hf.export(
-        out,
+    folder = export_policy(
+        config,
+        RunDir(path=epath.Path(run_dir), resumed=True),
+        step,
         model,
         arrays["state"]["params"],
-        tokenizer_folder=start,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
+        source=start,
+        tokenizer=tokenizer,
+        out=out,
     )
     return step, folder
 
@@ -68,10 +101,11 @@ def require_replaceable(folder: Path, *, keep: Path | None = None) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file, choose another folder")
     found = {child.name for child in folder.iterdir()}
-    if strangers := sorted(found - _FILES):
+    if strangers := sorted(name for name in found - _FILES if not _SHARD.fullmatch(name)):
         raise UserError(
             f"{folder}: holds {strangers[0]}, which no export does; choose another folder"
         )
-    if found and not {"config.json", _WEIGHTS} <= found:
-        missing = min({"config.json", _WEIGHTS} - found)
-        raise UserError(f"{folder}: not empty and no export, it lacks {missing}")
+    if found and hf.CONFIG not in found:
+        raise UserError(f"{folder}: not empty and no export, it lacks {hf.CONFIG}")
+    if found and not {weights.SINGLE, weights.INDEX} & found:
+        raise UserError(f"{folder}: not empty and no export, it lacks {weights.SINGLE}")

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from r1s_jax.data.atlas import load_world
 from r1s_jax.models import hf
 from r1s_jax.protocol.tokenizer import Tokenizer
@@ -54,7 +56,13 @@ def make_base(
         )
         end = tokenizer.eos_ids[0]
         return hf.export(
-            out, config.decoder, params, tokenizer_folder=folder, eos_ids=(end,), pad_id=end
+            out,
+            config.decoder,
+            params,
+            source=folder,
+            eos_ids=(end,),
+            pad_id=end,
+            dtype=np.float32,
         )
 
 

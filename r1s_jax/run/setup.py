@@ -13,14 +13,14 @@ from r1s_jax.data.atlas import SPLITS
 from r1s_jax.data.atlas_builder import cache_directory, load_atlas
 from r1s_jax.data.questions import read_questions
 from r1s_jax.engine.engine import Engine
-from r1s_jax.models import hf
+from r1s_jax.models import hf, hub
 from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt, Prompt, tiny_prompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.embed import TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
 from r1s_jax.rollout.episode import STOP_STRINGS
-from r1s_jax.run.config import RunConfig
+from r1s_jax.run.config import PolicyConfig, RunConfig
 from r1s_jax.sharding import check_divisible, make_mesh
 from r1s_jax.types import Question, UserError
 
@@ -46,7 +46,7 @@ class Parts:
 def build_parts(
     config: RunConfig, checkpoint: Path | None = None, *, training: bool = True
 ) -> Parts:
-    """Checks, then loads. `checkpoint` replaces the policy's folder (a run's export).
+    """Checks, then loads. `checkpoint` replaces the policy's (a run's export, or a hub id).
 
     Without `training` the training questions are neither asked for nor read. Raises UserError
     naming the file, what it should hold and where it comes from.
@@ -90,14 +90,15 @@ class Checked:
 def check_inputs(
     config: RunConfig, checkpoint: Path | None = None, *, training: bool = True
 ) -> Checked:
-    """Everything that can be wrong with the inputs and is quick to see; writes nothing.
+    """Everything that can be wrong with the inputs and is quick to see; writes no run.
 
     Reads headers, manifests and question files, no weights and no vectors. Scripts call it
-    before they make a folder. Raises UserError, one line with file and field.
+    before they make a folder. A policy of the hub is fetched into the hub's cache, its weights
+    when all the rest is found right. Raises UserError, one line with file and field.
     """
-    checkpoint, model = _require_checkpoint(config, checkpoint)
-    tokenizer = Tokenizer.load(checkpoint, vocab_size=model.vocab_size)
-    prompt = _prompt(config)
+    folder, model = _require_checkpoint(config, checkpoint)
+    tokenizer = Tokenizer.load(folder, vocab_size=model.vocab_size)
+    prompt = make_prompt(config)
     length = len(prompt.prompt_ids(tokenizer, ""))
     room = config.engine.longest_prompt
     if length > room:
@@ -108,12 +109,14 @@ def check_inputs(
     _require_world(config, training, lambda text: _excess(prompt, tokenizer, text, length, room))
     if config.engine.context > model.max_position_embeddings:
         raise UserError(
-            f"engine.context = {config.engine.context}, {checkpoint / 'config.json'} says "
+            f"engine.context = {config.engine.context}, {folder / 'config.json'} says "
             f"max_position_embeddings = {model.max_position_embeddings}"
         )
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, "num_key_value_heads", (model.num_key_value_heads,), ("kv_heads",))
-    return Checked(model=model, checkpoint=checkpoint, tokenizer=tokenizer, prompt=prompt)
+    folder = find_policy(config.policy, checkpoint, weights_of=folder.name)
+    hf.check_weights(folder, model)
+    return Checked(model=model, checkpoint=folder, tokenizer=tokenizer, prompt=prompt)
 
 
 def resolve(path: str) -> Path:
@@ -122,19 +125,40 @@ def resolve(path: str) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
+def find_policy(
+    policy: PolicyConfig, checkpoint: Path | None = None, *, weights_of: str | None = None
+) -> Path:
+    """The policy's folder: one that exists wins, else the hub is asked for a model of that id.
+
+    From the hub come configuration and tokenizer; weights too where `weights_of` gives the commit.
+    Returns a folder that does not exist if the name is no id either. Raises UserError.
+    """
+    folder, name = checkpoint or resolve(policy.checkpoint), str(checkpoint or policy.checkpoint)
+    if folder.exists() or not hub.is_repo_id(name):
+        return folder
+    try:
+        return hub.fetch(name, revision=weights_of, weights=weights_of is not None)
+    except UserError as error:
+        field = f"policy.checkpoint = {name!r}" if checkpoint is None else f"--checkpoint {name}"
+        source = f"; or {policy.source}" if checkpoint is None and policy.source else ""
+        raise UserError(f"{field}: no such folder, and on the hub {error}{source}") from error
+
+
 def _require_checkpoint(config: RunConfig, checkpoint: Path | None) -> tuple[Path, DecoderConfig]:
     policy = config.policy
-    folder = checkpoint or resolve(policy.checkpoint)
+    folder = find_policy(policy, checkpoint)
     if not (folder / "config.json").is_file():
         if checkpoint is not None:
             raise UserError(f"{folder}: holds no config.json, so it is no Hugging Face checkpoint")
         raise UserError(
             f"policy.checkpoint = {policy.checkpoint!r}: no config.json there; "
-            + (policy.source or "put the model there (config.json, tokenizer.json, *.safetensors)")
+            + (
+                policy.source
+                or "put the model there (config.json, tokenizer.json, *.safetensors), or give an "
+                "id of the hub (OWNER/NAME)"
+            )
         )
-    model = hf.read_config(folder)
-    hf.check_weights(folder, model)
-    return folder, model
+    return folder, hf.read_config(folder)
 
 
 def _excess(prompt: Prompt, tokenizer: Tokenizer, text: str, length: int, room: int) -> int:
@@ -184,7 +208,8 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
     check_embedder(folder / "index", folder / "embedder")
 
 
-def _prompt(config: RunConfig) -> Prompt:
+def make_prompt(config: RunConfig) -> Prompt:
+    """The prompt that the policy's settings ask for."""
     if config.policy.prompt_file:
         return BasePrompt.from_file(resolve(config.policy.prompt_file))
     makers = {"base": BasePrompt, "chat": ChatPrompt, "tiny": tiny_prompt}

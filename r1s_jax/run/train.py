@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from r1s_jax.run.checkpoint import Checkpointer
 from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.run.config import RunConfig, StageConfig
 from r1s_jax.run.evaluate import CONTROLS, GREEDY, NO_SEARCH, evaluate, summarise
+from r1s_jax.run.export import export_policy
 from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter
 from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
 from r1s_jax.run.progress import Progress
@@ -189,15 +191,8 @@ class _Run:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Exports the policy and writes the summary; returns it."""
-        export = hf.export(
-            self.run_dir.hf.__fspath__(),
-            self.parts.model,
-            self.learner.state.params,
-            tokenizer_folder=self.parts.checkpoint,
-            eos_ids=self.parts.tokenizer.eos_ids,
-            pad_id=self.parts.tokenizer.pad_id,
-        )
+        """Writes the summary and exports the policy; returns the summary."""
+        export = pathlib.Path(self.run_dir.hf.__fspath__())
         if not self.summary:
             self.summary = {
                 "run": self.run_dir.path.name,
@@ -209,6 +204,17 @@ class _Run:
                 "export": str(export),
             }
             write_json_atomic(self.run_dir.summary, self.summary)
+        # After the summary, whose figures the model card shows; a resumed run exports again.
+        export_policy(
+            self.config,
+            self.run_dir,
+            self.at.step,
+            self.parts.model,
+            self.learner.state.params,
+            source=self.parts.checkpoint,
+            tokenizer=self.parts.tokenizer,
+            out=export,
+        )
         return self.summary
 
     def _warm_up(self) -> None:

@@ -11,8 +11,6 @@ import pytest
 from r1s_jax.engine.engine import Admission, Extension
 from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
-from r1s_jax.models.attention import attention, causal_mask
-from r1s_jax.models.decoder import bind
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.types import UserError
 from tests import tiny
@@ -92,16 +90,7 @@ def decode_turn(engine, rows, sampling):
 @functools.cache
 def forward():
     """Full forward pass over right-padded rows: logits [B, T, V]."""
-
-    def run(params, tokens):
-        mask = causal_mask(tokens.shape[1])
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        decoder = bind(tiny.MODEL, params)
-        return decoder.unembed(
-            decoder(tokens, positions, lambda _, q, k, v: attention(q, k, v, mask))
-        )
-
-    return jax.jit(run)
+    return jax.jit(functools.partial(tiny.full_logits, tiny.MODEL))
 
 
 def full_logits(episodes):

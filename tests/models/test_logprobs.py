@@ -9,30 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.models.attention import attention, causal_mask
-from r1s_jax.models.decoder import abstract_params, bind
+from r1s_jax.models.decoder import abstract_params
 from r1s_jax.models.logprobs import token_logprobs
 from tests import tiny
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, tiny.MODEL.vocab_size)
 
 
-def all_logits(model, params):
-    """All logits [B, T, V]."""
-    decoder = bind(model, params)
-    mask = causal_mask(10)
-    positions = jnp.broadcast_to(jnp.arange(10), (3, 10))
-    return decoder.unembed(decoder(TOKENS, positions, lambda _, q, k, v: attention(q, k, v, mask)))
-
-
 @pytest.fixture(scope="module")
 def logits():
     """In float64."""
-    return np.asarray(jax.jit(partial(all_logits, tiny.MODEL))(tiny.params()), np.float64)
+    return np.asarray(
+        jax.jit(partial(tiny.full_logits, tiny.MODEL))(tiny.params(), TOKENS), np.float64
+    )
 
 
-@pytest.mark.parametrize("temperature, chunk, remat", [(1.0, 1024, False), (0.7, 4, True)])
-def test_against_float64(logits, temperature, chunk, remat):
+@pytest.mark.parametrize(
+    "temperature, chunk, scan, remat",
+    [(1.0, 1024, False, "none"), (0.7, 4, True, "full"), (1.0, 8, False, "dots")],
+)
+def test_against_float64(logits, temperature, chunk, scan, remat):
     """log-softmax and entropy at the temperature, also where chunks do not divide the positions."""
     scaled = logits / temperature
     log_softmax = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
@@ -42,6 +38,7 @@ def test_against_float64(logits, temperature, chunk, remat):
         token_logprobs,
         tiny.MODEL,
         temperature=temperature,
+        scan=scan,
         remat=remat,
         positions_per_chunk=chunk,
     )
@@ -58,20 +55,26 @@ def test_right_padding_changes_nothing():
     np.testing.assert_array_equal(run(TOKENS)[:, :7], run(other)[:, :7])
 
 
-def test_gradient_is_that_of_the_plain_formula():
-    """Chunks, checkpoints and remat leave the gradient alone; the entropy gives none."""
-    model = dataclasses.replace(tiny.MODEL, num_hidden_layers=1)
-    params = tiny.params() | {"layers": jax.tree.map(lambda p: p[:1], tiny.params()["layers"])}
+@pytest.mark.parametrize("scan, remat", [(False, "full"), (True, "dots")])
+def test_gradient_is_that_of_the_plain_formula(scan, remat):
+    """Chunks, scan and remat leave the gradient alone; the entropy gives none."""
+    model, params = tiny.MODEL, tiny.params()
     weights = jnp.asarray(np.random.default_rng(1).normal(size=TOKENS.shape), jnp.float32)
 
     def ours(params):
         logprobs, entropy = token_logprobs(
-            model, params, TOKENS, temperature=0.7, remat=True, positions_per_chunk=4
+            model,
+            params,
+            TOKENS,
+            temperature=0.7,
+            scan=scan,
+            remat=remat,
+            positions_per_chunk=4,
         )
         return (weights * (logprobs + entropy)).sum()
 
     def plain(params):
-        logprobs = jax.nn.log_softmax(all_logits(model, params) / 0.7)[:, :-1]
+        logprobs = jax.nn.log_softmax(tiny.full_logits(model, params, TOKENS) / 0.7)[:, :-1]
         picked = jnp.take_along_axis(logprobs, TOKENS[:, 1:, None], axis=-1)[..., 0]
         return (weights[:, 1:] * picked).sum()
 
@@ -97,7 +100,24 @@ def test_no_logits_of_all_positions():
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def loss(params, tokens):
-        return token_logprobs(model, params, tokens, remat=True, positions_per_chunk=chunk)[0].sum()
+        return token_logprobs(model, params, tokens, remat="full", positions_per_chunk=chunk)[
+            0
+        ].sum()
 
     largest = max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(shapes, tokens).jaxpr))
     assert chunk * vocab <= largest < rows * length * vocab / 16
+
+
+def test_computing_in_bf16():
+    """Parameters stay f32 and get f32 gradients; the figures are those of bf16 parameters."""
+    params, half = tiny.params(), jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny.params())
+    mixed = jax.jit(partial(token_logprobs, tiny.MODEL, dtype=jnp.bfloat16))
+    got = mixed(params, TOKENS)[0]
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        got, jax.jit(partial(token_logprobs, tiny.MODEL))(half, TOKENS)[0]
+    )
+    exact = jax.jit(partial(token_logprobs, tiny.MODEL))(params, TOKENS)[0]
+    assert 1e-4 < np.abs(got - exact).max() < 0.2
+    grads = jax.grad(lambda p: mixed(p, TOKENS)[0].sum())(params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))

@@ -3,6 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from r1s_jax.protocol.tokenizer import Tokenizer, byte_alphabet
 from r1s_jax.types import UserError
@@ -44,6 +46,27 @@ def test_not_even_where_added_tokens_are_part_of_the_bpe_vocabulary(train_fast, 
     ids = tokenizer.encode("<|im_end|>zz<answer> zz")
     assert not {0, 1, 2} & set(ids)
     assert tokenizer.decode(ids) == "<|im_end|>zz<answer> zz"
+
+
+def test_bytes_that_the_vocabulary_cannot_spell(train_fast):
+    """SmolLM2's lacks some control characters. Bug: it was refused, though no text needs them.
+
+    They read as question marks: left out, the halves of a tag around one would fall together.
+    """
+    fast = train_fast()
+    spec = json.loads(fast.backend_tokenizer.to_str())
+    gone = {char for char, byte in byte_alphabet().items() if byte in (0x04, 0xF2, 0xFF)}
+    kept = [t for t in spec["model"]["vocab"] if not gone & set(t)]
+    spec["model"]["vocab"] = {t: i for i, t in enumerate(kept)}
+    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if not gone & set("".join(m))]
+    spec["added_tokens"] = []
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokenizer.decode(tokenizer.encode("<|end_of\x04_query|> \U00080000 ü")) == (
+        "<|end_of?_query|> ? ü"
+    )
+    assert tokenizer.encode_batch(["a\x04"]) == [tokenizer.encode("a?")]
+    assert tokenizer.encode_template("User:", "\x04", "\n") == tokenizer.encode("User:?\n")
 
 
 def test_half_a_character_decodes_to_the_replacement(qwen):

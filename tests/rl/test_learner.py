@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from r1s_jax.models.attention import attention, causal_mask
-from r1s_jax.models.decoder import DecoderConfig, bind, init_params
+from r1s_jax.models.decoder import DecoderConfig, init_params
 from r1s_jax.rl.advantages import advantages
 from r1s_jax.rl.learner import Learner, LearnerConfig
 from r1s_jax.sharding import MeshConfig, make_mesh
 from r1s_jax.types import Question, StopReason, TokenSource, Trajectory, UserError
+from tests import tiny
 
 MODEL = DecoderConfig(
     vocab_size=64,
@@ -29,7 +29,7 @@ MODEL = DecoderConfig(
     attention_bias=True,
 )
 CONFIG = LearnerConfig(
-    learning_rate=1e-2, updates_per_rollout=2, rows=4, length_buckets=(8, 16), remat=False
+    learning_rate=1e-2, updates_per_rollout=2, rows=4, length_buckets=(8, 16), remat="none"
 )
 LENGTHS = (7, 16, 16, 7, 7, 16, 7, 7, 16, 16)  # two lengths: two shapes to compile
 REWARDS = np.array([1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 1.0, 1.0, -2.0, 0.3])
@@ -81,15 +81,8 @@ def learner(params, mesh=None, **changes) -> Learner:
 @jax.jit
 def plain_logprobs(params, ids):
     """Log-softmax of full logits of one unpadded row."""
-    length = len(ids)
-    decoder = bind(MODEL, params)
-    hidden = decoder(
-        ids[None],
-        jnp.arange(length)[None],
-        lambda _, q, k, v: attention(q, k, v, causal_mask(length)),
-    )
-    logits = decoder.unembed(hidden)[0]
-    return jax.nn.log_softmax(logits)[jnp.arange(length - 1), ids[1:]]
+    logits = tiny.full_logits(MODEL, params, ids[None])[0]
+    return jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), ids[1:]]
 
 
 def plain_update(params, trajectories, rewards):

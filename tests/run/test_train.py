@@ -50,15 +50,17 @@ def policy(tmp_path_factory):
         tmp_path_factory.mktemp("policy") / "hf",
         model,
         init_params(model, 0),
-        tokenizer_folder=TINY_BASE,
+        source=TINY_BASE,
         eos_ids=(0,),
         pad_id=0,
+        dtype="float32",
     )
 
 
 @pytest.fixture(scope="module")
 def config(policy):
     return RunConfig(
+        export_dtype="float32",
         policy=PolicyConfig(checkpoint=str(policy), prompt="tiny"),
         world=WorldConfig(train_questions="atlas:train", eval_questions="atlas:eval", eval_limit=8),
         stages=STAGES,
@@ -77,7 +79,7 @@ def config(policy):
             updates_per_rollout=2,
             rows=4,
             length_buckets=(128,),
-            remat=False,
+            remat="none",
             # Random text earns no reward; the KL term gives the updates something to do.
             kl_coefficient=0.1,
         ),
