@@ -10,6 +10,7 @@ are ignored. A row starts each turn in state 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -37,10 +38,11 @@ class StopAutomaton:
 
     @classmethod
     def build(cls, stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> StopAutomaton:
-        """Builds the table; a few seconds at most for V = 152k and some 40 states.
+        """Builds the table, under a second for V = 152k and some 40 states; once, then cached.
 
         Tokens without bytes (padding of the vocabulary) leave the state as it is. Without any
-        stop string the automaton has one state and never accepts.
+        stop string the automaton has one state and never accepts. Equal arguments give the same
+        object, whose arrays are read-only.
 
         Raises:
             ValueError: an empty or repeated stop string, or an empty vocabulary.
@@ -50,13 +52,7 @@ class StopAutomaton:
             raise ValueError(f"stop strings must be non-empty and distinct: {list(stop_strings)!r}")
         if not token_bytes:
             raise ValueError("cannot build a stop automaton over 0 tokens")
-        step, stop_of_state = _byte_automaton(patterns)
-        return cls(
-            table=_compose(step, token_bytes),
-            accepting=np.array([stop is not None for stop in stop_of_state]),
-            stop_of_state=stop_of_state,
-            stop_strings=tuple(stop_strings),
-        )
+        return _built(tuple(stop_strings), tuple(token_bytes))
 
     def advance(self, state: SupportsIndex, token: SupportsIndex) -> int:
         """The state after `token`, on the host."""
@@ -78,6 +74,19 @@ class StopAutomaton:
             return None
         end, _, index = min(hits)
         return index, end
+
+
+# An engine uses two or three at a time: its stops, nothing banned, and what evaluation bans.
+@functools.lru_cache(maxsize=4)
+def _built(stop_strings: tuple[str, ...], token_bytes: tuple[bytes, ...]) -> StopAutomaton:
+    step, stop_of_state = _byte_automaton([s.encode() for s in stop_strings])
+    table = _compose(step, token_bytes)
+    accepting = np.array([stop is not None for stop in stop_of_state])
+    for shared in (table, accepting):
+        shared.setflags(write=False)
+    return StopAutomaton(
+        table=table, accepting=accepting, stop_of_state=stop_of_state, stop_strings=stop_strings
+    )
 
 
 def _byte_automaton(

@@ -93,7 +93,9 @@ class Engine:
         check_divisible(mesh, "num_key_value_heads", (heads,), ("kv_heads",))
         self.model, self.config, self.mesh, self.dtype = model, config, mesh, dtype
         self.weights_version = -1
-        self._token_bytes = token_bytes
+        # An end of sequence is no text: a ban on `<|` must not reach `<|im_end|>`.
+        ends = set(eos_ids)
+        self._free_bytes = [b"" if i in ends else b for i, b in enumerate(token_bytes)]
         self._stops = StopAutomaton.build(stop_strings, token_bytes)
         self._eos_ids = np.array(list(eos_ids) or [-1], np.int32)
         self._tables: dict[tuple[str, ...], StopTables] = {}
@@ -255,7 +257,7 @@ class Engine:
 
     def _stop_tables(self, banned: tuple[str, ...]) -> StopTables:
         if banned not in self._tables:
-            ban = StopAutomaton.build(banned, self._token_bytes if banned else [b""])
+            ban = StopAutomaton.build(banned, self._free_bytes if banned else [b""])
             put = partial(jax.device_put, device=replicated(self.mesh))
             self._tables[banned] = StopTables(
                 next_SV=put(self._stops.table.astype(np.int32)),

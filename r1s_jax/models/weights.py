@@ -153,10 +153,7 @@ def load(
 
 def _load_one(parameter: _Parameter, stored: dict[str, _Stored], mesh: Mesh) -> Array:
     layout, piece_layout = named_sharding(mesh, parameter.axes), parameter.piece_sharding(mesh)
-    pieces = (
-        jax.make_array_from_callback(shape, piece_layout, _reader(stored[name]))
-        for name, shape in parameter.tensors()
-    )
+    pieces = (_read(stored[name], piece_layout) for name, _ in parameter.tensors())
     if not parameter.key.stacked:
         whole = _turn(layout, parameter.key.transposed, np.dtype(parameter.dtype))
         return jax.block_until_ready(whole(next(pieces)))
@@ -164,24 +161,25 @@ def _load_one(parameter: _Parameter, stored: dict[str, _Stored], mesh: Mesh) -> 
     write = _write_layer(layout, parameter.key.transposed)
     for i, piece in enumerate(pieces):
         array = jax.block_until_ready(write(array, piece, i))
-        piece.delete()
     return array
 
 
-def _reader(tensor: _Stored) -> Any:
-    """Reads slices of a tensor; devices that hold the same one share a read."""
+def _read(tensor: _Stored, layout: NamedSharding) -> Array:
+    """Puts a tensor on the mesh slice by slice; devices that hold the same slice share a read."""
     from safetensors import safe_open
 
-    read: dict[str, np.ndarray] = {}
-
-    def slices(index: tuple[slice, ...]) -> np.ndarray:
-        if repr(index) not in read:
-            # Opened anew for each tensor: what a mapping has touched counts as ours until closed.
-            with safe_open(tensor.file, framework="np") as file:
-                read[repr(index)] = file.get_slice(tensor.name)[index]
-        return read[repr(index)]
-
-    return slices
+    holders: dict[str, list[tuple[jax.Device, Any]]] = {}
+    for device, index in layout.addressable_devices_indices_map(tensor.shape).items():
+        holders.setdefault(repr(index), []).append((device, index))
+    parts: list[Array] = []
+    # Opened anew for each tensor: what a mapping has touched counts as ours until it is closed.
+    with safe_open(tensor.file, framework="np") as file:
+        view = file.get_slice(tensor.name)
+        for group in holders.values():
+            value = view[group[0][1]]
+            # Waited for, so that no second slice is read while this one is still on the host.
+            parts += jax.block_until_ready([jax.device_put(value, device) for device, _ in group])
+    return jax.make_array_from_single_device_arrays(tensor.shape, layout, parts)
 
 
 @functools.lru_cache(maxsize=64)

@@ -210,6 +210,15 @@ def test_banned_strings_never_appear(banned, sampled):
             np.testing.assert_allclose(logprobs, expected, atol=1e-5, rtol=0)
 
 
+def test_a_ban_leaves_the_end_of_sequence_free():
+    """Bug: without `<|` a policy could not write `<|endoftext|>` either, and never ended by it."""
+    tables = tiny.engine()._stop_tables(("<|",))
+    banned_V = np.asarray(tables.banned_accepting_S)[np.asarray(tables.banned_next_SV)[0]]
+    assert [bool(banned_V[tiny.token_id(t)]) for t in ("<|", "x<|", "</")] == [True, True, False]
+    assert not banned_V[list(tiny.tokenizer().eos_ids)].any()
+    assert banned_V[tiny.token_id(tiny.IM_END)]  # another added token, which ends nothing
+
+
 def test_ban_is_the_first_draw_that_differs(banned, sampled):
     """Up to its first forbidden token a row draws what it would have drawn without the ban."""
     same = 0
