@@ -22,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axis (or axes). `None` keeps the axis whole on every device.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "rows": ("data", "fsdp"),
+    "texts": ("data", "fsdp", "tensor"),
     "layers": None,
     "embed": "fsdp",
     "vocab": "tensor",

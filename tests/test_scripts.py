@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -12,67 +13,14 @@ import pytest
 
 import launch
 from r1s_jax.models import hf
-from r1s_jax.retrieval.embed import TfidfSvdConfig, TfidfSvdEmbedder
-from r1s_jax.retrieval.index import DenseIndex
-from r1s_jax.rl.learner import LearnerState
-from r1s_jax.run.checkpoint import Checkpointer
-from r1s_jax.run.rundir import open_run_dir
-from r1s_jax.types import Document, UserError
+from r1s_jax.types import UserError
 from tests import hub_stub, tiny
-
-# Two stages of one step with the policy of tests/tiny.py, which fits no other shapes than these.
-SHAPES = {
-    "run.PolicyConfig.prompt_file": '"{0}/prompt.txt"',
-    "run.PolicyConfig.checkpoint": '"{0}/policy"',
-    "run.WorldConfig.train_questions": '"{0}/train.jsonl"',
-    "run.WorldConfig.eval_questions": '"{0}/eval.jsonl"',
-    "run.WorldConfig.corpus": '"{0}/corpus"',
-    "run.RunConfig.export_dtype": '"float32"',
-    "run.RunConfig.questions_per_step": "2",
-    "run.RunConfig.samples_per_question": "2",
-    "run.EvaluationConfig.controls": "False",
-    "stage1/run.StageConfig.steps": "1",
-    "stage2/run.StageConfig.steps": "1",
-    "engine.EngineConfig.slots": "4",
-    "engine.EngineConfig.chunk": "6",
-    "engine.EngineConfig.context": "176",
-    "engine.EngineConfig.prefill_rows": "2",
-    "engine.EngineConfig.prompt_buckets": "(32,)",
-    "engine.EngineConfig.extend_rows": "2",
-    "engine.EngineConfig.extend_tokens": "48",
-    "rollout.RolloutConfig.max_new_tokens": "40",
-    "learner.LearnerConfig.rows": "4",
-    "learner.LearnerConfig.updates_per_rollout": "1",
-    "learner.LearnerConfig.length_buckets": "(176,)",
-}
-DOCUMENTS = [Document(id=f"d{i}", title=f"t{i}", text=f"w{i} x{i % 3}") for i in range(12)]
-
-
-def write_index(folder, dim):
-    embedder = TfidfSvdEmbedder(TfidfSvdConfig(dim=dim)).fit([d.text for d in DOCUMENTS])
-    embedder.save(folder / "embedder")
-    DenseIndex.build(DOCUMENTS, embedder, corpus_hash="h").save(folder / "index")
+from tests.worlds import bindings, make_run, write_index, write_world
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny.fast_tokenizer().save_pretrained(str(folder / "tokenizer"))
-    hf.export(
-        folder / "policy",
-        tiny.MODEL,
-        tiny.params(),
-        source=folder / "tokenizer",
-        eos_ids=tiny.tokenizer().eos_ids,
-        pad_id=tiny.tokenizer().pad_id,
-        dtype="float32",
-    )
-    write_index(folder / "corpus", dim=6)
-    (folder / "prompt.txt").write_text(tiny.PROMPT.template + "\n")
-    for name in ("train", "eval"):
-        rows = [{"id": f"{name}{i}", "question": f"w{i}?", "answer": "ab"} for i in range(3)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -82,10 +30,6 @@ def world(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "prepare_environment", lambda: None)
     return tmp_path / "world"
-
-
-def bindings(world):
-    return [f"{name} = {value.format(world)}" for name, value in SHAPES.items()]
 
 
 def call(monkeypatch, script, *args):
@@ -112,18 +56,6 @@ def refused(monkeypatch, script, *args):
     return message
 
 
-def make_run(world, path, *more):
-    """A run directory that has saved step 3 and not exported yet."""
-    run = open_run_dir(path, launch.load_config("tiny", [*bindings(world), *more]).text)
-    params = jax.tree.map(lambda p: p + 1, tiny.params())
-    state = LearnerState(
-        params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)}
-    )
-    with Checkpointer(run.checkpoints) as checkpointer:
-        checkpointer.save(3, {"state": state}, {})
-    return run
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -147,6 +79,18 @@ def spoil_shape(world, _):
     path = world / "policy" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
     return f"{world / 'policy'}: model.layers.0.mlp.down_proj.weight is [32, 48], config.json says"
+
+
+def spoil_weights(world, _):
+    path = world / "policy" / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    return f"{path}: not a complete safetensors file"
+
+
+def spoil_index(world, _):
+    path = world / "policy" / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}')
+    return f"{path}: names model-1.safetensors, which is not there"
 
 
 def spoil_tokenizer(world, _):
@@ -210,6 +154,8 @@ def test_train_refuses_broken_questions(world, monkeypatch, spoil, words, name):
     [
         spoil_architecture,
         spoil_shape,
+        spoil_weights,
+        spoil_index,
         spoil_tokenizer,
         spoil_embedder,
         no_index,
@@ -264,6 +210,23 @@ def test_export_refuses_and_touches_nothing(world, monkeypatch, tmp_path):
     assert {p for p in before.keys() - after.keys() if not p.is_relative_to(removed)} == set()
     changed = {p for p in after if after[p] != before.get(p, b"")}
     assert changed == {world / "policy" / "config.json"}
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_an_export(world, tmp_path):
+    """The script itself: one line, exit code 2, and neither a new folder nor half of one.
+
+    A limit on the size of files makes the system stop the write part of the way.
+    """
+    run = make_run(world, tmp_path / "run")
+    shutil.rmtree(run.hf)
+    before = contents(tmp_path)
+    script = [sys.executable, launch.ROOT / "tpu_scripts/export_hf.py", "--run_dir", run.path]
+    limited = ["bash", "-c", 'ulimit -f 48 && exec "$@"', "bash", *script]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"error: {run.hf}: cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    assert contents(tmp_path) == before
 
 
 def test_evaluate_and_ask_refuse(world, monkeypatch, tmp_path):

@@ -23,7 +23,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-Params = dict[str, Any]
+from r1s_jax.models.params import Params, abstract, bound
+
 # (layer, q [B T H h], k [B T K h], v [B T K h]) -> (attended values [B T H h], what to keep).
 # What is kept is any pytree, or None; the layer is a traced number where layers are scanned.
 Attend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
@@ -244,11 +245,7 @@ def init_params(config: DecoderConfig, seed: int, dtype: DTypeLike = jnp.float32
 
 def abstract_params(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> tuple[Params, Params]:
     """Returns (ShapeDtypeStructs, logical axes), two trees of the same form, without allocating."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    state = nnx.state(model).to_pure_dict()
-    axes = jax.tree.map(lambda p: p.get_metadata("axes"), nnx.state(model), is_leaf=is_param)
-    return state, nnx.to_pure_dict(axes)
+    return abstract(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def bind(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> Decoder:
@@ -257,7 +254,4 @@ def bind(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) 
     With `dtype` it computes in that type, whatever the parameters' own; sums that need it (norms,
     softmax, logits) stay f32.
     """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-    return nnx.merge(graph, params)
+    return bound(lambda: Decoder(config, rngs=nnx.Rngs(0)), params, dtype)

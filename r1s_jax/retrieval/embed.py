@@ -23,7 +23,7 @@ from r1s_jax.types import UserError
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns texts into unit vectors; a text's vector depends on that text alone."""
+    """Turns texts into unit vectors; a vector depends on its text and `query` alone."""
 
     @property
     def dim(self) -> int: ...
@@ -33,7 +33,9 @@ class Embedder(Protocol):
         """Names this very embedder, fitted weights included."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]: ...
+    def embed(self, texts: Sequence[str], *, query: bool = False) -> Float[np.ndarray, "N D"]:
+        """Embeds texts as passages, or as `query` texts that look for passages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,10 @@ class TfidfSvdEmbedder:
         self._basis_VD = np.ascontiguousarray(basis_DV.T, np.float32)
         return self
 
-    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+    def embed(self, texts: Sequence[str], *, query: bool = False) -> Float[np.ndarray, "N D"]:
         """Unit vectors, float32; a text without any known n-gram gets zeros.
+
+        `query` changes nothing: queries and passages are weighed by the same n-grams.
 
         Each row is a sum over that row's own n-grams in their own order, so it is
         bit-identical whatever else is in the batch.

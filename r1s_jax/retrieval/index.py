@@ -87,7 +87,7 @@ class DenseIndex:
             raise ValueError(f"k is {k}, must be at least 1")
         k = min(k, len(self.documents))
         found: list[tuple[Document, ...] | RetrievalFailure] = []
-        for query_D in self.embedder.embed(queries):
+        for query_D in self.embedder.embed(queries, query=True):
             indices = _top(self.vectors_ND, self._searcher, query_D, k)
             found.append(tuple(self.documents[i] for i in indices))
         return found

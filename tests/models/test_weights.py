@@ -16,6 +16,7 @@ from r1s_jax.models.decoder import abstract_params, init_params
 from r1s_jax.sharding import MeshConfig, make_mesh, partition_spec
 from r1s_jax.types import UserError
 from tests import tiny
+from tests.reads import counting
 
 MODEL = dataclasses.replace(tiny.MODEL, rope_theta=5000.0, rms_norm_eps=1e-5)
 
@@ -86,42 +87,12 @@ def test_layout_over_a_mesh(folder, params, sizes):
 
 def test_a_device_is_given_its_own_slices_only(folder, monkeypatch):
     """Each tensor is read once, in slices, however many devices hold a copy."""
-    from safetensors import safe_open
-
-    read = []
-
-    class Counting:
-        def __init__(self, *args, **kwargs):
-            self.file = safe_open(*args, **kwargs)
-
-        def __enter__(self):
-            self.opened = self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.file.__exit__(*error)
-
-        def keys(self):
-            return self.opened.keys()
-
-        def get_slice(self, name):
-            view = self.opened.get_slice(name)
-
-            class Slice:
-                get_shape, get_dtype = view.get_shape, view.get_dtype
-
-                def __getitem__(self, index):
-                    value = view[index]
-                    read.append((name, value.size))
-                    return value
-
-            return Slice()
-
-    monkeypatch.setattr("safetensors.safe_open", Counting)
+    counted = counting()
+    monkeypatch.setattr("safetensors.safe_open", counted)
     load(folder, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     whole = load_file(folder / "model.safetensors")
     for name, value in whole.items():
-        sizes = [size for key, size in read if key == name]
+        sizes = counted.read[name]
         assert sum(sizes) == value.size, name
         assert len(sizes) == {1: 1 if "norm" in name else 2, 2: 4}[value.ndim], name
 
