@@ -49,7 +49,7 @@ class LearnerConfig:
     rows: int = 16  # of a micro-batch
     length_buckets: tuple[int, ...] = (2048,)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters stay f32
-    scan_layers: bool = True  # one layer is compiled, not L; unrolled runs faster on a CPU
+    scan_layers: bool = True  # one layer is compiled, not all L of them
     remat: Remat = "full"
 
 

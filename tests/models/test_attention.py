@@ -1,11 +1,14 @@
 """Attention, norm and rotation against numpy in float64."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from r1s_jax.models.attention import attention, causal_mask
-from r1s_jax.models.decoder import rms_norm, rope_table, rotate
+from r1s_jax.models.decoder import rms_norm, rope_frequencies, rope_table, rotate
+from tests import tiny
 
 RNG = np.random.default_rng(0)
 
@@ -49,7 +52,8 @@ def test_rotation_turns_pairs_by_position():
     """(x_i, x_{i+h/2}) as a complex number is turned by position * theta^(-2i/h)."""
     x = RNG.normal(size=(1, 3, 2, 6)).astype(np.float32)
     positions = np.array([[0, 1, 100]])
-    cos, sin = rope_table(jnp.asarray(positions), 6, 50.0)
+    config = dataclasses.replace(tiny.MODEL, head_dim=6, rope_theta=50.0)
+    cos, sin = rope_table(jnp.asarray(positions), rope_frequencies(config))
     angles = positions[0][:, None] * 50.0 ** -(np.arange(0, 6, 2) / 6)
     turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angles)[None, :, None]
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
