@@ -37,6 +37,15 @@ def is_repo_id(name: str) -> bool:
     )
 
 
+def locate(name: str | Path) -> Path:
+    """The folder of a model: `name` itself if it exists, else what the hub has under that id.
+
+    A name that is no id either is returned as it is. Raises what `fetch` raises.
+    """
+    folder = Path(name)
+    return fetch(str(name)) if not folder.exists() and is_repo_id(str(name)) else folder
+
+
 def fetch(repo_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of the model in the hub's cache; what is not there yet is downloaded.
 

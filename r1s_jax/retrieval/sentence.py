@@ -26,6 +26,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from r1s_jax.models import hub
 from r1s_jax.models.encoder import (
     EncoderConfig,
     Params,
@@ -84,8 +85,8 @@ class SentenceEmbedder:
         """Reads the folder; arguments that are given override what its files say.
 
         Args:
-            folder: a model as sentence-transformers keeps it, or a plain checkpoint (then
-                `pooling` must be given, since a wrong guess gives plausible, bad vectors).
+            folder: a model as sentence-transformers keeps it, or its id on the hub. A plain
+                checkpoint needs `pooling`, since a wrong guess gives plausible, bad vectors.
             mesh: of devices of this host; all of them by default. Texts are split over all axes.
             pooling, query_instruction, passage_instruction, max_length: see `SentenceConfig`.
             dtype: float32 or bfloat16, of parameters and layers; vectors are always float32.
@@ -102,7 +103,7 @@ class SentenceEmbedder:
         if mesh is None:
             mesh = make_mesh(MeshConfig(data=jax.local_device_count()), jax.local_devices())
         self.config = read_sentence_config(
-            folder,
+            hub.locate(folder),
             pooling=pooling,
             query_instruction=query_instruction,
             passage_instruction=passage_instruction,

@@ -318,3 +318,13 @@ def test_no_id_is_refused_without_asking_anyone(name):
     for refuse in (hub.fetch, hub.check_push):
         with pytest.raises(UserError, match="no id of the hub: it must be OWNER/NAME"):
             refuse(name)
+
+
+def test_a_folder_wins_over_an_id(tmp_path, monkeypatch):
+    """Offline and with an empty cache only what is on disk is found."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^lab/model: not, or not wholly, in the local cache"):
+        hub.locate("lab/model")
+    (tmp_path / "lab" / "model").mkdir(parents=True)
+    assert hub.locate("lab/model") == pathlib.Path("lab/model")
+    assert hub.locate(tmp_path / "nowhere") == tmp_path / "nowhere"
