@@ -1,7 +1,7 @@
 """Asks a trained policy: python tpu_scripts/ask.py "What is the time zone of Kyoto?"
 
 Thought, query, documents and answer appear as they come. The policy is the export of --run_dir
-(runs/tiny if nothing is given), or that of --config NAME [--checkpoint FOLDER]. It answers
+(runs/tiny if nothing is given), or that of --config NAME [--checkpoint MODEL]. It answers
 greedily unless a --temperature is given.
 """
 
@@ -44,7 +44,9 @@ def main() -> None:
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="instead of the export or start")
+    parser.add_argument(
+        "--checkpoint", metavar="MODEL", help="folder or hub id, instead of the export or start"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
 

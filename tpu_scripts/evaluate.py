@@ -1,7 +1,7 @@
 """Evaluates a policy on the held-out questions, greedily.
 
-    python tpu_scripts/evaluate.py --run_dir RUN                      a run's export
-    python tpu_scripts/evaluate.py --config NAME --checkpoint FOLDER  any Hugging Face folder
+    python tpu_scripts/evaluate.py --run_dir RUN                    a run's export
+    python tpu_scripts/evaluate.py --config NAME --checkpoint MODEL  any checkpoint, or hub id
 
 Prints a table and writes eval_MODE.json (figures) and eval_MODE.jsonl (every trajectory) into
 RUN, or into --out. Other modes than `search` are controls: forced (every response begins with a
@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="instead of the export or start")
+    parser.add_argument(
+        "--checkpoint", metavar="MODEL", help="folder or hub id, instead of the export or start"
+    )
     parser.add_argument("--mode", choices=(*MODES, "all"), default="search")
     parser.add_argument("--out", metavar="DIR", help="where to write; RUN if not given")
 

@@ -178,7 +178,7 @@ def load_run_config(run_dir: str, bindings: Sequence[str] = ()) -> ResolvedConfi
 def choose_policy(
     args: argparse.Namespace, default_run: str | None = None
 ) -> tuple[ResolvedConfig, pathlib.Path | None]:
-    """(config, checkpoint) of --run_dir RUN (its export) or --config NAME [--checkpoint FOLDER].
+    """(config, checkpoint) of --run_dir RUN (its export) or --config NAME [--checkpoint MODEL].
 
     The checkpoint is None where the config's own is meant.
 

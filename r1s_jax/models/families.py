@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+_REQUIRED = _SIZES[:5]
 # Value that a field may have, besides being absent or null.
 _FIXED = {
     "use_sliding_window": False,
@@ -45,37 +47,46 @@ def read_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         known = sorted(ARCHITECTURES)
         raise UserError(f"{path}: model_type is {family!r}, must be one of {known}")
     refuse(path, raw, _FIXED)
     if family != "qwen2":  # there all layers have q, k and v biases, whatever the file says
         # Elsewhere the flag stands for four biases, the output projection's among them.
         refuse(path, raw, {"attention_bias": False})
-    other = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
-    if other:
-        raise UserError(f"{path}: layer_types holds {other[0]!r}, which is not supported")
+    kinds = raw.get("layer_types") or ["full_attention"]
+    if not isinstance(kinds, list):
+        raise UserError(f"{path}: layer_types = {kinds!r}, must be a list")
+    for kind in kinds:
+        if kind != "full_attention":
+            raise UserError(f"{path}: layer_types holds {kind!r}, which is not supported")
     require_sizes(path, raw, _SIZES)
-    theta, scaling = _rope(path, raw)
-    try:
-        return DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=_kv_heads(family, raw),
-            head_dim=_head_dim(family, raw),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            max_position_embeddings=raw.get("max_position_embeddings", 32_768),
+    for field in _REQUIRED:
+        if raw.get(field) is None:
+            raise UserError(f"{path}: field {field!r} is missing")
+    heads, kv_heads = raw["num_attention_heads"], _kv_heads(family, raw)
+    if heads % kv_heads:
+        raise UserError(
+            f"{path}: num_attention_heads = {heads} is not divisible by num_key_value_heads = "
+            f"{kv_heads}"
         )
-    except KeyError as e:
-        raise UserError(f"{path}: field {e.args[0]!r} is missing") from e
+    theta, scaling = _rope(path, raw)
+    return DecoderConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=_head_dim(family, raw, path),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=_positive(path, "rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        max_position_embeddings=raw.get("max_position_embeddings") or 32_768,
+    )
 
 
 def config_json(config: DecoderConfig, eos_ids: tuple[int, ...], pad_id: int) -> dict[str, Any]:
@@ -108,10 +119,26 @@ def _kv_heads(family: str, raw: dict[str, Any]) -> int:
     return raw.get("num_key_value_heads", absent) or raw["num_attention_heads"]
 
 
-def _head_dim(family: str, raw: dict[str, Any]) -> int:
-    if family == "qwen3":  # transformers' default there, whatever the other sizes
-        return raw.get("head_dim") or 128
-    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+def _head_dim(family: str, raw: dict[str, Any], path: Path) -> int:
+    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    # Qwen3's default in transformers is 128, whatever the other sizes.
+    given = raw.get("head_dim") or (128 if family == "qwen3" else None)
+    if given is None and width % heads:
+        raise UserError(
+            f"{path}: hidden_size = {width} is not divisible by num_attention_heads = {heads}, "
+            "and head_dim is not given"
+        )
+    head_dim = given or width // heads
+    if head_dim % 2:
+        raise UserError(f"{path}: head_dim = {head_dim}, must be even: positions rotate pairs")
+    return head_dim
+
+
+def _positive(path: Path, field: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise UserError(f"{path}: {field} = {value!r}, must be a number above 0")
+    return value
 
 
 def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -120,24 +147,23 @@ def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling = {rope!r}, must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    theta = float(_positive(path, "rope_theta", 10_000.0 if theta is None else theta))
     refuse(path, rope, {"partial_rotary_factor": 1.0})
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise UserError(f"{path}: rope_type = {kind!r} is not supported")
     fields = [field.name for field in dataclasses.fields(RopeScaling)]
     for field in fields:
-        value = rope.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{path}: rope_scaling.{field} = {value!r}, must be a number above 0")
+        _positive(path, f"rope_scaling.{field}", rope.get(field))
     scaling = RopeScaling(**{field: rope[field] for field in fields})
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(
             f"{path}: rope_scaling.high_freq_factor = {scaling.high_freq_factor}, must be above "
             f"low_freq_factor = {scaling.low_freq_factor}"
         )
-    return float(theta), scaling
+    return theta, scaling
 
 
 # ------------------------------------------------------------------ what every config.json needs
