@@ -1,6 +1,6 @@
 """Evaluates a policy on the held-out questions, greedily.
 
-    python tpu_scripts/evaluate.py --run_dir RUN                    a run's export
+    python tpu_scripts/evaluate.py --run_dir RUN                     a run's export
     python tpu_scripts/evaluate.py --config NAME --checkpoint MODEL  any checkpoint, or hub id
 
 Prints a table and writes eval_MODE.json (figures) and eval_MODE.jsonl (every trajectory) into

@@ -1,1 +1,1 @@
-"""The networks: the decoder policy and its Hugging Face form."""
+"""The networks: decoder policy and text encoder, and their Hugging Face form, both ways."""
