@@ -30,6 +30,7 @@ Tree = Any  # nested dicts
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9  # of a file; what the Hub's own tools use
+_MOST_TENSORS = 100_000
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -102,12 +103,11 @@ def check(
     Raises:
         UserError: no weights, a broken file or index, missing, surplus or misshapen tensors.
     """
-    wanted = {
-        name: shape
-        for parameter in _parameters(keys, abstract)
-        for name, shape in parameter.tensors()
-    }
-    stored = _headers(Path(folder))
+    parameters, stored = list(_parameters(keys, abstract)), _headers(Path(folder))
+    count = sum(p.shape[0] if p.key.stacked else 1 for p in parameters)
+    if count > _MOST_TENSORS:  # a config gone wrong; the names alone would fill the memory
+        raise UserError(f"{folder}: config.json asks for {count} tensors, {len(stored)} are there")
+    wanted = {name: shape for parameter in parameters for name, shape in parameter.tensors()}
     prefix = max(prefixes, key=lambda p: sum(p + name in stored for name in wanted))
     stored = {name.removeprefix(prefix): value for name, value in stored.items()}
     problems = [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]

@@ -164,6 +164,8 @@ def test_many_wrong_tensors_are_counted(folder):
     refused(folder, r"missing .*; missing .*; missing .* \(and 9 more\)$", model=deeper)
     wider = dataclasses.replace(MODEL, intermediate_size=64)
     refused(folder, r"down_proj.weight is \[32, 48\], config.json says \[32, 64\]", model=wider)
+    endless = dataclasses.replace(MODEL, num_hidden_layers=10**9)
+    refused(folder, r"config.json asks for 12000000003 tensors, 27 are there$", model=endless)
 
 
 @pytest.mark.parametrize("cut", [1, 10_000])
