@@ -89,6 +89,7 @@ def spoil_weights(world, _):
 
 def spoil_index(world, _):
     path = world / "policy" / "model.safetensors.index.json"
+    (world / "policy" / "model.safetensors").rename(world / "policy" / "model-2.safetensors")
     path.write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}')
     return f"{path}: names model-1.safetensors, which is not there"
 

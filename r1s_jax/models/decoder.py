@@ -203,8 +203,8 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     """Angle per position of each rotated pair: theta^(-2i/h), stretched where the config says so.
 
     Far from the start of a text the last bit of a frequency is worth a thousandth of a radian,
-    so these are rounded as transformers rounds them: the exponent, the power and its inverse to
-    f32 each. The stretch (Llama 3.1): wavelengths beyond original/low_freq_factor positions grow
+    so these are rounded step by step as transformers does: the exponent, the power and its
+    inverse to f32 each. The stretch (Llama 3.1): wavelengths beyond original/low_freq_factor positions grow
     by `factor`, those below original/high_freq_factor stay, and between them it is blended in.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)

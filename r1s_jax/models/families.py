@@ -60,6 +60,9 @@ def read_config(folder: str | Path) -> DecoderConfig:
     for kind in kinds:
         if kind != "full_attention":
             raise UserError(f"{path}: layer_types holds {kind!r}, which is not supported")
+    tied = raw.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise UserError(f"{path}: tie_word_embeddings = {tied!r}, must be true or false")
     require_sizes(path, raw, _SIZES)
     for field in _REQUIRED:
         if raw.get(field) is None:
@@ -82,10 +85,11 @@ def read_config(folder: str | Path) -> DecoderConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=_positive(path, "rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=tied,
         attention_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        max_position_embeddings=raw.get("max_position_embeddings") or 32_768,
+        max_position_embeddings=raw.get("max_position_embeddings")
+        or (2048 if family == "llama" else 32_768),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,14 @@ def export(
         UserError: the folder cannot be written, for want of room for example; what stood there
             before still stands.
     """
-    folder, source = Path(folder), Path(source)
-    part = folder.with_name(folder.name + ".part")
+    folder, source = Path(folder).resolve(), Path(source)
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{source}: holds no tokenizer.json, which the export takes over")
+    # The process's own: two exports to one folder must not write into each other's files.
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         if jax.process_index() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            _clear_up(folder)
             part.mkdir(parents=True)
         weights.save(part, keys(config), params, dtype=dtype, shard_bytes=shard_bytes)
         if jax.process_index() == 0:
@@ -145,13 +149,29 @@ def _write_rest(
     _write_json(part / CONFIG, {**raw, "torch_dtype": jnp.dtype(dtype).name})
 
 
+def _clear_up(folder: Path) -> None:
+    """Removes what killed exports have left, and brings back what one of them had set aside."""
+    for left in folder.parent.glob(f"{folder.name}.*.part"):
+        writer = left.name.removeprefix(f"{folder.name}.").removesuffix(".part")
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
 def _replace(folder: Path, part: Path) -> None:
-    """Puts the finished folder in the place of the one before."""
+    """Puts the finished folder in the place of the one before, which comes back if that fails."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

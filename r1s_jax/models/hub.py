@@ -22,7 +22,11 @@ _WEIGHTS = "*.safetensors"
 # Other copies of the weights and what belongs to them; `*` stands for slashes as well.
 _NEVER = ("original/*", "onnx/*", "openvino/*", "consolidated*", "*/*.safetensors*")
 # What an earlier push may have left that a reader would take for a part of this one.
-_REPLACED = ("model.safetensors", "model-?????-of-?????.safetensors", _INDEX)
+_REPLACED = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", _INDEX),
+    *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt"),
+)
 _TOKEN = "HF_TOKEN (or log in with `hf auth login`)"
 
 

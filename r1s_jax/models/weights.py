@@ -214,6 +214,8 @@ def _headers(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the folder by name. An index decides which files count, if there is one."""
     from safetensors import SafetensorError, safe_open
 
+    if (folder / INDEX).is_file() and (folder / SINGLE).is_file():  # others would read the latter
+        raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is stale")
     placed = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
     if placed is not None:
         files = sorted({folder / file for file in placed.values()})

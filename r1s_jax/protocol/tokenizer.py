@@ -251,6 +251,11 @@ def _generation_eos(path: Path) -> list[int]:
         return []
     try:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        return [
+            operator.index(i)
+            for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])
+        ]
     except (ValueError, AttributeError) as e:
         raise UserError(f"{path}: not a JSON object: {e}") from e
-    return [int(i) for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])]
+    except TypeError as e:
+        raise UserError(f"{path}: eos_token_id = {eos!r}, must be an id or a list of ids") from e

@@ -14,7 +14,7 @@ from r1s_jax.protocol import tags
 from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.rundir import RunDir
-from r1s_jax.run.setup import make_prompt
+from r1s_jax.run.setup import make_prompt, resolve
 
 _SOFTWARE = ("jax", "flax", "optax", "transformers")
 _FIGURES = {"em": "EM", "f1": "F1", "acc_r": "ACC_R", "retrieval_rate": "search rate"}
@@ -56,7 +56,7 @@ def model_card(config: RunConfig, run: RunDir, step: int) -> str:
     """
     base = config.policy.checkpoint
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if is_repo_id(base):
+    if is_repo_id(base) and not resolve(base).exists():
         front["base_model"] = base
     front["tags"] = ["r1s_jax", "reinforcement-learning", "search", "arxiv:2503.05592"]
     stages = "; ".join(f"{s.name}: reward {s.reward}, {s.steps} steps" for s in config.stages)

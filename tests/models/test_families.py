@@ -106,6 +106,7 @@ def edit_config(folder, **changes):
         ({"rope_parameters": {"rope_theta": "1e4"}}, r"rope_theta = '1e4', must be a number"),
         ({"num_key_value_heads": 3}, r"num_attention_heads = 4 is not divisible by num_key_value_"),
         ({"hidden_size": 30}, r"hidden_size = 30 is not divisible by num_attention_heads = 4, and"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings = 'no', must be true or false"),
         ({"head_dim": 7}, r"head_dim = 7, must be even"),
         ({"vocab_size": None}, r"field 'vocab_size' is missing"),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not supported"),
@@ -147,7 +148,13 @@ def test_broken_config_files(folder, content, message):
 
 def test_defaults_of_a_sparse_config(folder):
     """What older files leave out gets the value that transformers would take."""
-    dropped = ("head_dim", "rope_parameters", "rms_norm_eps", "use_sliding_window")
+    dropped = (
+        "head_dim",
+        "rope_parameters",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "use_sliding_window",
+    )
     for family in ("qwen2", "qwen3", "llama"):
         edit_config(folder, **dict.fromkeys(dropped, ...), model_type=family, attention_bias=False)
         edit_config(folder, num_key_value_heads=... if family == "llama" else None)

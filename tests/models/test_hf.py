@@ -182,7 +182,6 @@ def test_an_export_that_cannot_be_finished(tokenizer_folder, tmp_path):
 
 def test_an_export_killed_in_the_middle(tokenizer_folder, tmp_path):
     """What SIGKILL leaves behind does not load, and the next export clears it away."""
-    part = tmp_path / "hf.part"
     script = (
         "import os, signal, sys; from r1s_jax.models import hf, weights; from tests import tiny\n"
         "write = weights._write\n"
@@ -195,7 +194,8 @@ def test_an_export_killed_in_the_middle(tokenizer_folder, tmp_path):
     )
     command = [sys.executable, "-c", script, str(tmp_path / "hf"), str(tokenizer_folder)]
     assert subprocess.run(command, capture_output=True).returncode == -9
-    assert [p.name for p in tmp_path.iterdir()] == ["hf.part"]
+    (part,) = tmp_path.iterdir()
+    assert part.name.endswith(".part")
     assert len(list(part.glob("model-*.safetensors"))) == 3
     for folder in (tmp_path / "hf", part):
         with pytest.raises(UserError, match=r"config.json: not found"):
@@ -203,3 +203,24 @@ def test_an_export_killed_in_the_middle(tokenizer_folder, tmp_path):
     files = {"eos_ids": (1,), "pad_id": 1, "source": tokenizer_folder}
     hf.export(tmp_path / "hf", tiny.MODEL, tiny.params(), **files)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_failure_at_the_very_end_brings_the_old_export_back(tokenizer_folder, tmp_path):
+    """Bug: the export before was set aside and lost where the new one could not take its place."""
+    folder, files = tmp_path / "hf", {"eos_ids": (1,), "pad_id": 1, "source": tokenizer_folder}
+    hf.export(folder, tiny.MODEL, tiny.params(), **files)
+    with pytest.raises(OSError):
+        hf._replace(folder, tmp_path / "absent")
+    assert read_config(folder) == tiny.MODEL
+    folder.rename(tmp_path / "hf.old")  # as a kill between the two renames leaves it
+    hf._clear_up(folder)
+    assert read_config(folder) == tiny.MODEL
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_source_without_a_tokenizer_is_refused(tmp_path):
+    """Bug: with its source gone, a policy was exported without a tokenizer, and without a word."""
+    options = {"eos_ids": (1,), "pad_id": 1, "source": tmp_path / "gone"}
+    with pytest.raises(UserError, match=r"gone: holds no tokenizer.json, which the export takes"):
+        hf.export(tmp_path / "hf", tiny.MODEL, tiny.params(), **options)
+    assert list(tmp_path.iterdir()) == []

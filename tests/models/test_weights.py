@@ -208,3 +208,9 @@ def test_a_tensor_that_stands_twice(shards):
     first = shard(shards, 1)
     save_file(load_file(shards / first), shards / "more.safetensors")
     refused(shards, rf"stands twice, in {first} and more.safetensors$")
+
+
+def test_shards_beside_a_single_file(shards, params):
+    """transformers would read the single file; which of them is meant, nobody can know."""
+    save_file(load_file(shards / shard(shards, 1)), shards / "model.safetensors")
+    refused(shards, r"holds both model.safetensors and model.safetensors.index.json; remove the")

@@ -134,3 +134,14 @@ def test_threads_get_the_same_ids(qwen):
     expected = [qwen.encode(t) for t in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(qwen.encode, texts)) == expected
+
+
+@pytest.mark.parametrize("eos", ['"a"', "[null]", "[[1]]", "1.5"])
+def test_an_end_of_sequence_that_is_no_id(train_fast, tmp_path, eos):
+    """Bug: a traceback."""
+    train_fast().save_pretrained(str(tmp_path))
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    with pytest.raises(
+        UserError, match=r"generation_config.json: eos_token_id = .*, must be an id"
+    ):
+        Tokenizer.load(tmp_path)
