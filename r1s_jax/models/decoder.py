@@ -204,8 +204,9 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 
     Far from the start of a text the last bit of a frequency is worth a thousandth of a radian,
     so these are rounded step by step as transformers does: the exponent, the power and its
-    inverse to f32 each. The stretch (Llama 3.1): wavelengths beyond original/low_freq_factor positions grow
-    by `factor`, those below original/high_freq_factor stay, and between them it is blended in.
+    inverse to f32 each. The stretch (Llama 3.1): wavelengths beyond original/low_freq_factor
+    positions grow by `factor`, those below original/high_freq_factor stay, and between them it is
+    blended in.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.power(np.float64(config.rope_theta), exponents.astype(np.float64))
