@@ -100,8 +100,8 @@ def export(
     several hosts all of them call this and process 0 writes.
 
     Raises:
-        UserError: the folder cannot be written, for want of room for example; what stood there
-            before still stands.
+        UserError: `source` has no tokenizer, or the folder cannot be written, for want of room for
+            example; what stood there before still stands.
     """
     folder, source = Path(folder).resolve(), Path(source)
     if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1s_jax.models.weights import INDEX, SINGLE
 from r1s_jax.types import UserError
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _LONGEST = 96  # of either part of an id
 _TEXTS = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*", "USE_POLICY.md")
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = "*.safetensors"
 # Other copies of the weights and what belongs to them; `*` stands for slashes as well.
 _NEVER = ("original/*", "onnx/*", "openvino/*", "consolidated*", "*/*.safetensors*")
 # What an earlier push may have left that a reader would take for a part of this one.
 _REPLACED = (
-    *("model.safetensors", "model-?????-of-?????.safetensors", _INDEX),
+    *(SINGLE, "model-?????-of-?????.safetensors", INDEX),
     *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt"),
 )
@@ -142,7 +142,7 @@ def _require_whole(folder: Path) -> None:
     """Raises UserError where the folder lacks its configuration or (a part of) its weights."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json, so it is no checkpoint to push")
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
         if not any(folder.glob(_WEIGHTS)):
             raise UserError(f"{folder}: holds no *.safetensors, so it is no checkpoint to push")

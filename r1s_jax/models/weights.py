@@ -97,7 +97,7 @@ def check(
     Args:
         folder: holds `model.safetensors`, or shards with their index.
         keys, abstract: a tree of `Key`s and one of ShapeDtypeStructs, of the same form.
-        prefixes: what may stand in front of all names; the first one that fits is taken.
+        prefixes: what may stand in front of all names; the one that finds most of them is taken.
         ignored: patterns of names that may be there and are not read.
 
     Raises:
