@@ -83,6 +83,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def shards_of(mesh: Mesh, axes: Sequence[str | None]) -> int:
+    """Over how many devices an array with these logical axes is split."""
+    parts = partition_spec(axes)
+    names = [m for p in parts if p is not None for m in ((p,) if isinstance(p, str) else p)]
+    return int(np.prod([mesh.shape[m] for m in names]))
+
+
+def lane_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
+    """The same devices in the same order as lanes: groups of `tensor` devices (the mesh's number,
+    if None) that share one copy of the weights; nothing is split over fsdp.
+
+    Raises UserError if the devices cannot be grouped so, or a lane's belong to several hosts.
+    """
+    tensor = tensor or int(mesh.shape["tensor"] or 1)
+    devices = mesh.devices.reshape(-1)
+    if devices.size % tensor:
+        raise UserError(
+            f"engine.tensor = {tensor} does not divide the mesh's {devices.size} devices"
+        )
+    lanes = devices.reshape(-1, 1, tensor)
+    for lane in lanes.reshape(-1, tensor):
+        if len({d.process_index for d in lane}) > 1:
+            raise UserError(
+                f"engine.tensor = {tensor}: a lane's devices would belong to several hosts"
+            )
+    return Mesh(lanes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def check_divisible(
     mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
 ) -> None:

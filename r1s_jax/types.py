@@ -101,10 +101,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A finished episode. The three arrays are parallel, [T], prompt included.
+    """A finished episode. The four arrays are parallel, [T], prompt included.
 
     `logprobs_T` is the sampler's log-probability under the full softmax at the sampling
-    temperature, 0.0 where the token was not sampled.
+    temperature, `drawn_logprobs_T` under what was left of it to draw from (top-p, bans, ...);
+    both are 0.0 where the token was not sampled.
     """
 
     question: Question
@@ -114,6 +115,7 @@ class Trajectory:
     token_ids_T: np.ndarray
     sources_T: np.ndarray
     logprobs_T: np.ndarray
+    drawn_logprobs_T: np.ndarray
     segments: tuple[Segment, ...]
     searches: tuple[Search, ...]
     stop_reason: StopReason

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from r1s_jax.engine.engine import Admission, Extension, PromptRef, Written
+from r1s_jax.engine.engine import Engine, Step, Work, Written
 from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
-from r1s_jax.engine.state import EngineConfig, Prefix
+from r1s_jax.engine.state import EngineConfig
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.types import Document, RetrievalFailure
 
@@ -63,13 +64,13 @@ class ScriptedRow:
     turn_bytes: bytes = b""
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """The public methods of `r1s_jax.engine.engine.Engine`, without a model.
 
     `script(question id, sample, turn)` is the text of a turn (str) or its very token ids (list).
     A text that ends without a stop string is followed by EOS. `rows[question id, sample]` keeps
-    what the engine saw of an episode, for comparison with the trajectory. Misuse (inserting into
-    or extending a live slot, a wrong last token, an empty extension) fails at once.
+    what the engine saw of an episode, for comparison with the trajectory. It has one slot a row.
+    Misuse (extending or releasing a slot that decodes, an empty extension) fails at once.
     """
 
     def __init__(
@@ -80,15 +81,17 @@ class ScriptedEngine:
         tokenizer: Tokenizer,
         stop_strings: Sequence[str],
         weights_version: int = 0,
+        chunk_seconds: float = 0.0,
     ):
         self.config, self.weights_version = config, weights_version
         self.rows: dict[tuple[str, int], ScriptedRow] = {}
         self.prefilled: list[tuple[int, ...]] = []
-        self.chunks = 0
-        self._script, self._tokenizer = script, tokenizer
+        self.chunks, self.was_reset, self.work = 0, False, Work()
+        self._script, self._tokenizer, self._seconds = script, tokenizer, chunk_seconds
         self._stops = [s.encode() for s in stop_strings]
         self._names: dict[bytes, tuple[str, int]] = {}
-        self._slots: list[ScriptedRow | None] = [None] * config.slots
+        self._slots: list[ScriptedRow | None] = [None] * config.rows
+        self._open = False
 
     def expect(
         self,
@@ -111,52 +114,57 @@ class ScriptedEngine:
         ends = [(at + len(s), i) for at, i, s in found if at >= 0]
         return min(ends)[::-1] if ends else None
 
-    def prompt_bucket(self, length: int) -> int:
-        return min(b for b in self.config.prompt_buckets if b >= length - 1)
+    def prefill(self, tokens: Sequence[int]) -> int | None:
+        assert len(tokens) <= self.config.longest_prompt
+        if self._open or None not in self._slots:
+            return None
+        self._open = True
+        self.prefilled.append(tuple(tokens))
+        return len(self.prefilled) - 1
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptRef]:
-        refs = []
-        for prompt in prompts:
-            self.prompt_bucket(len(prompt))
-            self.prefilled.append(tuple(prompt))
-            refs.append(
-                PromptRef(
-                    prefix=Prefix(keys=(), values=()),
-                    row=len(self.prefilled) - 1,
-                    length=len(prompt) - 1,
-                    pending=prompt[-1],
-                )
-            )
-        return refs
+    def insert(self, prompt: int, *, seed: np.ndarray, budget: int) -> int | None:
+        if None not in self._slots:
+            return None
+        name, sample = self._names[seed.tobytes()]
+        assert (name, sample) not in self.rows, f"{name!r}, sample {sample} is played twice"
+        row = ScriptedRow(
+            question=name, sample=sample, ids=list(self.prefilled[prompt]), sampled=[], to_write=[]
+        )
+        slot = self._slots.index(None)
+        self.rows[name, sample] = self._slots[slot] = row
+        self._begin(row, budget)
+        return slot
 
-    def insert(self, admissions: Sequence[Admission]) -> None:
-        for a in admissions:
-            held = self._slots[a.slot]
-            assert held is None or not held.live, f"slot {a.slot} is still decoding"
-            name, sample = self._names[a.seed.tobytes()]
-            assert (name, sample) not in self.rows, f"{name!r}, sample {sample} is played twice"
-            row = ScriptedRow(
-                question=name,
-                sample=sample,
-                ids=list(self.prefilled[a.prompt.row]),
-                sampled=[],
-                to_write=[],
-            )
-            self.rows[name, sample] = self._slots[a.slot] = row
-            self._begin(row, a.budget)
+    def drop(self, prompt: int) -> None:
+        assert self._open and prompt == len(self.prefilled) - 1
+        self._open = False
 
-    def decode_chunk(self, sampling: SamplingConfig) -> list[Written]:
-        self.chunks += 1
-        return [self._write(row) for row in self._slots]
+    def decode_chunk(self, sampling: SamplingConfig, *, busy: bool = True) -> Step:
+        if not busy:
+            return Step(written=(), steps=0, extended=0, busy=False)
+        written = [self._write(i, row) for i, row in enumerate(self._slots) if row and row.live]
+        self.chunks += bool(written)
+        time.sleep(self._seconds)
+        self.work.sampled_tokens += sum(len(w.tokens) for w in written)
+        steps = self.config.chunk if written else 0
+        self.work.row_steps += steps * self.config.rows
+        return Step(written=tuple(written), steps=steps, extended=0, busy=True)
 
-    def extend(self, extensions: Sequence[Extension]) -> None:
-        for e in extensions:
-            row = self._slots[e.slot]
-            assert row is not None and not row.live, f"slot {e.slot} is not parked"
-            assert row.ids[-1] == e.last and len(e.tokens) > 0 and e.budget > 0
-            row.ids += e.tokens
-            row.turn += 1
-            self._begin(row, e.budget)
+    def extend(self, slot: int, tokens: Sequence[int], *, budget: int) -> None:
+        row = self._slots[slot]
+        assert row is not None and not row.live, f"slot {slot} is not parked"
+        assert len(tokens) > 0 and budget > 0
+        row.ids += tokens
+        row.turn += 1
+        self._begin(row, budget)
+
+    def release(self, slot: int) -> None:
+        row = self._slots[slot]
+        assert row is not None and not row.live, f"slot {slot} is not parked"
+        self._slots[slot] = None
+
+    def reset(self) -> None:
+        self.was_reset = True
 
     def _begin(self, row: ScriptedRow, budget: int) -> None:
         text = self._script(row.question, row.sample, row.turn)
@@ -165,9 +173,9 @@ class ScriptedEngine:
         row.budget, row.live, row.turn_bytes = budget, True, b""
         assert len(row.ids) + budget <= self.config.context
 
-    def _write(self, row: ScriptedRow | None) -> Written:
+    def _write(self, slot: int, row: ScriptedRow) -> Written:
         tokens, logprobs, stop = [], [], Stop.RUNNING
-        while row is not None and row.live and len(tokens) < self.config.chunk:
+        while row.live and len(tokens) < self.config.chunk:
             token = row.to_write.pop(0)
             tokens.append(token)
             logprobs.append(-(1 + (31 * len(row.ids) + 7 * row.sample) % 97) / 64)
@@ -183,5 +191,9 @@ class ScriptedEngine:
                 stop = Stop.BUDGET
             row.live = stop == Stop.RUNNING
         return Written(
-            tokens=np.array(tokens, np.int32), logprobs=np.array(logprobs, np.float32), stop=stop
+            slot=slot,
+            tokens=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            drawn_logprobs=np.array(logprobs, np.float32) / 2,
+            stop=stop,
         )

@@ -16,9 +16,7 @@ from tests import tiny
 from tests.fakes import DictionaryRetriever, ScriptedEngine
 
 TOKENIZER = tiny.tokenizer()
-ENGINE = EngineConfig(
-    slots=3, chunk=5, context=400, prefill_rows=2, prompt_buckets=(24, 60), extend_tokens=16
-)
+ENGINE = EngineConfig(rows=3, chunk=5, context=400, extend_tokens=16)
 CALL = Call(seed=0, phase="train", step=0)
 ANSWER = "</think><answer>x</answer>"
 FRANCE = Document(id="1", title="France", text="Its capital is Paris.")
@@ -31,7 +29,7 @@ def ask(query):
     return f"hm <|begin_of_query|> {query} <|end_of_query|>"
 
 
-def scripted(script, *, names=("q",), samples=1, **engine):
+def scripted(script, *, names=("q",), samples=1, chunk_seconds=0.0, **engine):
     """`script`: a function, or the turns of every episode."""
     if not callable(script):
         turns = list(script)
@@ -42,6 +40,7 @@ def scripted(script, *, names=("q",), samples=1, **engine):
         tokenizer=TOKENIZER,
         stop_strings=STOP_STRINGS,
         weights_version=9,
+        chunk_seconds=chunk_seconds,
     )
     played.expect(names, samples)
     return played
@@ -50,7 +49,8 @@ def scripted(script, *, names=("q",), samples=1, **engine):
 def run(
     engine, *, names=("q",), samples=1, retriever=RETRIEVER, min_survivors=1, watch=None, **cfg
 ):
-    config = RolloutConfig(**{"documents": 2, "max_searches": 2, "max_new_tokens": 60} | cfg)
+    usual = {"documents": 2, "max_searches": 2, "max_new_tokens": 60, "search_window": 0.0}
+    config = RolloutConfig(**usual | cfg)
     rollout = Rollout(engine, TOKENIZER, tiny.PROMPT, retriever, config)
     return rollout.run(
         [tiny.question(n) for n in names],
@@ -80,6 +80,7 @@ def check(engine, trajectory):
     logprobs = np.zeros(len(t.token_ids_T), np.float32)
     logprobs[at] = [x for _, _, x in row.sampled]
     np.testing.assert_array_equal(t.logprobs_T, logprobs)
+    np.testing.assert_array_equal(t.drawn_logprobs_T, logprobs / 2)
     documents = t.token_ids_T[t.sources_T == TokenSource.OBSERVATION].tolist()
     blocks = [s.text for s in t.segments if s.source == TokenSource.OBSERVATION]
     assert documents == [i for text in blocks for i in TOKENIZER.encode(text)]

@@ -99,8 +99,8 @@ def test_a_misspelt_binding_names_file_and_line(tmp_path):
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     with pytest.raises(UserError, match=r"learner\.rows = 16 .* data\*fsdp = 3"):
         config("stage2", "sharding.MeshConfig.fsdp = 3")
-    with pytest.raises(UserError, match=r"engine\.slots = 250 .* data\*fsdp = 16"):
-        config("stage2", "engine.EngineConfig.slots = 250")
+    with pytest.raises(UserError, match=r"engine\.rows = 250 does not divide over 16 copies"):
+        config("stage2", "engine.EngineConfig.rows = 250")
 
 
 def test_the_policy_is_asked_for_before_anything_starts(tmp_path):

@@ -137,7 +137,7 @@ def spoil_length(world, name):
         (spoil_line('{"id": 7, "question": "w?"'), ["not a line of JSON"]),
         (spoil_line('{"id": 7, "question": " ", "answer": "a"}'), ['field "question"', "' '"]),
         (spoil_line('{"id": 7, "question": "w?"}'), ['field "answer" is missing']),
-        (spoil_length, ["tokens longer than engine.prompt_buckets = (32,)"]),
+        (spoil_length, ["tokens longer than engine.context = 176"]),
         (no_file, ["JSONL"]),
     ],
 )

@@ -97,8 +97,8 @@ def test_reshard_moves_and_compiles_once():
 
 def test_engine_refuses_a_mesh_that_does_not_divide():
     """Slots and KV heads that do not divide are the user's mistake: one line, no traceback."""
-    with pytest.raises(UserError, match=r"engine.slots has 3 along 'rows'"):
-        tiny.new_engine(mesh=MeshConfig(data=2), slots=3)
+    with pytest.raises(UserError, match=r"engine.rows has 3 along 'rows'"):
+        tiny.new_engine(mesh=MeshConfig(data=2), rows=3)
     with pytest.raises(UserError, match=r"num_key_value_heads has 2 along 'kv_heads'"):
         tiny.new_engine(mesh=MeshConfig(tensor=4))
 

@@ -55,15 +55,7 @@ MODEL = DecoderConfig(
     attention_bias=True,
     max_position_embeddings=256,
 )
-CONFIG = EngineConfig(
-    slots=4,
-    chunk=6,
-    context=176,
-    prefill_rows=2,
-    prompt_buckets=(16, 32),
-    extend_rows=2,
-    extend_tokens=24,
-)
+CONFIG = EngineConfig(rows=4, chunk=6, context=176, page=16, extend_rows=4, extend_tokens=12)
 SAMPLED = SamplingConfig()
 # Greedy, and it can neither ask nor name documents: the controls of an evaluation.
 BANNED = SamplingConfig(temperature=0.0, banned=("_query|>", "_documents"))

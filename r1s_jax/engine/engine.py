@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,61 +10,75 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from r1s_jax.engine import programs
 from r1s_jax.engine.automaton import StopAutomaton
+from r1s_jax.engine.compiled import Programs
+from r1s_jax.engine.lane import Lane, Prompt, Slot
+from r1s_jax.engine.plan import device_memory, plan_memory
 from r1s_jax.engine.programs import Stop, StopTables
 from r1s_jax.engine.sampling import SamplingConfig
-from r1s_jax.engine.state import EngineConfig, EngineState, Prefix, empty_state
-from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
-from r1s_jax.sharding import check_divisible, named_sharding, replicated
+from r1s_jax.engine.state import Chunk, EngineConfig, Rows
+from r1s_jax.models.decoder import DecoderConfig, Params
+from r1s_jax.sharding import check_divisible, lane_mesh, replicated
 from r1s_jax.types import UserError
+
+# Calls of `extend` between two chunks while rows are decoding: a long document block stalls
+# them no longer than that.
+EXTENDS_PER_CHUNK = 4
+# A chunk ends early once so many rows (one part in so many) stopped and others could take over.
+LEAVING = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptRef:
-    """Where a prompt's KV stands: row `row` of `prefix`; its last token is still to be fed."""
+    """A prompt in a lane's pages, from which samples are started."""
 
-    prefix: Prefix
-    row: int
-    length: int
-    pending: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Admission:
-    """An episode that starts in a slot: its prompt, its sampling key, its first turn's budget."""
-
-    slot: int
-    prompt: PromptRef
-    seed: np.ndarray
-    budget: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Extension:
-    """Tokens on top of a parked slot: its last sampled token, the documents, the next budget."""
-
-    slot: int
-    last: int
-    tokens: Sequence[int]
-    budget: int
+    lane: int
+    prompt: Prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """What one slot wrote in a chunk."""
+    """What one slot wrote in a chunk; log-probs under the full and under the drawn-from softmax."""
 
+    slot: int
     tokens: np.ndarray
     logprobs: np.ndarray
+    drawn_logprobs: np.ndarray
     stop: Stop
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a call of `decode_chunk` did.
+
+    steps: decode steps; extended: calls of `extend`. busy: whether any host still has episodes.
+    """
+
+    written: tuple[Written, ...]
+    steps: int
+    extended: int
+    busy: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class Work:
+    """What was done since the last reset, by this host's lanes."""
+
+    sampled_tokens: int = 0
+    row_steps: int = 0  # rows times decode steps, empty rows included
+    extended_tokens: int = 0
+    extended_places: int = 0  # the same with padding
+
+
 class Engine:
-    """Holds weights and state on the device. The host keeps text and bookkeeping elsewhere.
+    """Holds weights and pages on the device. The host keeps text and bookkeeping elsewhere.
 
     Every program has one fixed row count, so a row's numbers do not depend on its companions.
+    With several hosts each one speaks for its own lanes only, and all of them call
+    `decode_chunk` in lock-step.
     """
 
     def __init__(
@@ -78,7 +91,12 @@ class Engine:
         stop_strings: Sequence[str],
         eos_ids: Sequence[int],
         dtype: Any = jnp.float32,
+        reserved_bytes: int = 0,
     ):
+        """`reserved_bytes`: what the learner keeps on every device beside the engine.
+
+        Raises UserError where the shapes do not fit each other or the memory.
+        """
         if config.context > model.max_position_embeddings:
             raise UserError(
                 f"engine.context = {config.context}, the model reaches only to "
@@ -88,11 +106,22 @@ class Engine:
             raise ValueError(
                 f"token_bytes has {len(token_bytes)} entries, vocab_size = {model.vocab_size}"
             )
-        check_divisible(mesh, "engine.slots", (config.slots,), ("rows",))
+        mesh = lane_mesh(mesh, config.tensor)
+        check_divisible(mesh, "engine.rows", (config.rows,), ("rows",))
+        check_divisible(mesh, "engine.extend_rows", (config.extend_rows,), ("rows",))
         heads = model.num_key_value_heads
         check_divisible(mesh, "num_key_value_heads", (heads,), ("kv_heads",))
-        self.model, self.config, self.mesh, self.dtype = model, config, mesh, dtype
+        self.model, self.config, self.mesh = model, config, mesh
+        self.plan = plan_memory(
+            model,
+            config,
+            mesh,
+            dtype,
+            limit_bytes=device_memory(mesh.local_devices[0]),
+            reserved_bytes=reserved_bytes,
+        )
         self.weights_version = -1
+        self.work = Work()
         # An end of sequence is no text: a ban on `<|` must not reach `<|im_end|>`.
         ends = set(eos_ids)
         self._free_bytes = [b"" if i in ends else b for i, b in enumerate(token_bytes)]
@@ -100,29 +129,82 @@ class Engine:
         self._eos_ids = np.array(list(eos_ids) or [-1], np.int32)
         self._tables: dict[tuple[str, ...], StopTables] = {}
         self._params: Params | None = None
-        self._state = empty_state(model, config, mesh, dtype)
-        state_layout = jax.tree.map(lambda x: x.sharding, self._state)
-        chunk_layout = jax.tree.map(lambda _: replicated(mesh), _chunk_form())
-        _, axes = abstract_params(model)
-        layout = jax.tree.map(
-            lambda names: named_sharding(mesh, names),
-            axes,
-            is_leaf=lambda x: isinstance(x, tuple),
+        self._programs = Programs(model, config, self.plan, mesh, dtype)
+        self._pages = self._programs.empty_pages()
+        self.reset()
+
+    # ------------------------------------------------------------------------------- the verbs
+
+    def prefill(self, tokens: Sequence[int]) -> PromptRef | None:
+        """Queues a prompt in the lane with most free slots.
+
+        None while every lane has to wait: for slots, for pages, or for the prompt that it holds
+        to be dropped. Raises ValueError for a prompt that fills the context.
+        """
+        if not 0 < len(tokens) <= self.config.longest_prompt:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens, engine.context = {self.config.context}"
+            )
+        for lane in sorted(range(len(self._lanes)), key=lambda i: -self._lanes[i].free_slots):
+            prompt = self._lanes[lane].prefill(tokens)
+            if prompt is not None:
+                return PromptRef(lane=lane, prompt=prompt)
+        return None
+
+    def insert(self, prompt: PromptRef, *, seed: np.ndarray, budget: int) -> int | None:
+        """Starts a sample of a prompt with its key and its first turn's budget of tokens.
+
+        Returns its slot; None while nothing has room.
+        """
+        slot = self._lanes[prompt.lane].insert(prompt.prompt, seed=seed, budget=budget)
+        return None if slot is None else prompt.lane * self.plan.slots + slot.index
+
+    def extend(self, slot: int, tokens: Sequence[int], *, budget: int) -> None:
+        """Queues documents on top of a stopped slot, which then goes on with a new budget."""
+        lane, index = divmod(slot, self.plan.slots)
+        self._lanes[lane].extend(self._lanes[lane].slot(index), tokens, budget)
+
+    def release(self, slot: int) -> None:
+        """Frees the slot of an episode that is over."""
+        lane, index = divmod(slot, self.plan.slots)
+        self._lanes[lane].release(self._lanes[lane].slot(index))
+
+    def drop(self, prompt: PromptRef) -> None:
+        """Frees a prompt of which all samples are started."""
+        self._lanes[prompt.lane].drop(prompt.prompt)
+
+    def decode_chunk(self, sampling: SamplingConfig, *, busy: bool = True) -> Step:
+        """Decodes up to `chunk` tokens for every row, then writes what is queued, while the host
+        already reads the tokens.
+
+        `busy`: this host has episodes left. What runs follows from one row of numbers per host,
+        so it is the same everywhere.
+        """
+        lanes, rows = self._lanes, self.plan.rows
+        copies = [lane.copies() for lane in lanes]
+        ready = [len(lane.ready()) for lane in lanes]
+        chosen = [lane.decoding(rows, self.config.chunk) for lane in lanes]
+        here = (
+            max(len(pairs) for pairs in copies),
+            sum(len(slots) for slots in chosen),
+            sum(max(r - rows, 0) for r in ready),
+            max(map(self._extends_wanted, lanes, ready)),
+            int(busy),
         )
-        self._place = jax.jit(
-            lambda params: jax.tree.map(lambda p: p.astype(dtype), params), out_shardings=layout
-        )
-        self._prefill = jax.jit(partial(programs.prefill, model))
-        self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=state_layout)
-        self._extend = jax.jit(
-            partial(programs.extend, model), donate_argnums=1, out_shardings=state_layout
-        )
-        self._decode = jax.jit(
-            partial(programs.decode_chunk, model),
-            static_argnums=(0, 1),
-            donate_argnums=4,
-            out_shardings=(state_layout, chunk_layout),
-        )
+        table = self._all_hosts(here)
+        for first in range(0, int(table[:, 0].max()), rows):
+            self._run_copy([pairs[first : first + rows] for pairs in copies])
+        active, others = int(table[:, 1].sum()), int(table[:, 2].sum())
+        # Rows that stop are replaced sooner if somebody waits for their place.
+        leave = active - max(1, active // LEAVING) if others else 0
+        chunk = self._run_decode(sampling, chosen, leave) if active else None
+        extended = int(table[:, 3].max())
+        for _ in range(extended):
+            self._run_extend()
+        written, steps = ((), 0) if chunk is None else self._read(chunk, chosen)
+        return Step(written=written, steps=steps, extended=extended, busy=bool(table[:, 4].any()))
+
+    # ------------------------------------------------------------------------------- the rest
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -132,116 +214,135 @@ class Engine:
         """(index of the stop string, its end in bytes) of a turn's bytes, if one is complete."""
         return self._stops.match_end(turn_bytes)
 
+    @property
+    def idle(self) -> bool:
+        """Every slot and page of this host is free."""
+        return all(lane.idle for lane in self._lanes)
+
+    def reset(self) -> None:
+        """Forgets every episode, for a caller who could not play his to their end."""
+        owners = [lane[0].process_index for lane in self.mesh.devices.reshape(self.plan.lanes, -1)]
+        self._lanes = [
+            Lane(
+                slots=self.plan.slots,
+                pages=self.plan.pages,
+                page=self.config.page,
+                pages_per_episode=self.config.pages_per_episode,
+            )
+            for _ in range(owners.count(jax.process_index()))
+        ]
+
     def set_weights(self, params: Params, version: int) -> None:
         """Takes the learner's parameters in the engine's dtype and layout; slots must be idle.
 
         KV in the cache belongs to the old weights, so the caller drains its episodes before.
         """
-        self._params = self._place(params)
+        if not self.idle:
+            raise ValueError("new weights while episodes are in the cache: drain them first")
+        self._params = None  # the old copy goes before the new one comes
+        self._params = self._programs.place(params)
         self.weights_version = version
 
     def warm_up(self, samplings: Sequence[SamplingConfig]) -> None:
-        """Compiles every program for every bucket, so that steady state compiles nothing."""
-        rows = self.config.extend_rows
-        idle = np.full(self.config.slots, -1, np.int32)
-        for bucket in self.config.prompt_buckets:
-            prefix = self._prefill(self._weights, _zeros(self.config.prefill_rows, bucket))
-            self._state = self._insert(self._state, prefix, idle, *self._registers())
-        absent = np.full(rows, self.config.slots, np.int32)
-        none = [np.zeros(rows, np.int32) for _ in range(3)]
-        piece = _zeros(rows, self.config.extend_tokens)
-        self._state = self._extend(self._weights, self._state, absent, piece, *none)
+        """Compiles every program, so that steady state compiles nothing."""
+        self._run_copy([[] for _ in self._lanes])
+        self._run_extend()
         for sampling in samplings:
-            self.decode_chunk(sampling)
+            self._read(self._run_decode(sampling, [[] for _ in self._lanes], 0), [])
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptRef]:
-        """KV of prompts, one row each. Raises ValueError if one fits no bucket."""
-        by_bucket: dict[int, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_bucket[self.prompt_bucket(len(prompt))].append(index)
-        refs: dict[int, PromptRef] = {}
-        for bucket, indices in by_bucket.items():
-            for start in range(0, len(indices), self.config.prefill_rows):
-                group = indices[start : start + self.config.prefill_rows]
-                tokens = _zeros(self.config.prefill_rows, bucket)
-                for row, index in enumerate(group):
-                    tokens[row, : len(prompts[index]) - 1] = prompts[index][:-1]
-                prefix = self._prefill(self._weights, tokens)
-                for row, index in enumerate(group):
-                    refs[index] = PromptRef(
-                        prefix=prefix,
-                        row=row,
-                        length=len(prompts[index]) - 1,
-                        pending=prompts[index][-1],
-                    )
-        return [refs[i] for i in range(len(prompts))]
+    def _extends_wanted(self, lane: Lane, ready: int) -> int:
+        """Calls of `extend` this lane would like: enough for full rows, else only full calls."""
+        rows, width = self.plan.rows, self.config.extend_tokens
+        target = rows + rows // LEAVING
+        if ready >= target:
+            return int(lane.blocks_queued(width) >= self.plan.extend_rows)
+        calls = -(-lane.blocks_wanted(target - ready, width) // self.plan.extend_rows)
+        return min(calls, EXTENDS_PER_CHUNK) if ready else calls
 
-    def prompt_bucket(self, length: int) -> int:
-        """The smallest bucket for a prompt of `length` tokens."""
-        fitting = [b for b in self.config.prompt_buckets if b >= length - 1]
-        if length < 1 or not fitting:
-            raise ValueError(
-                f"a prompt of {length} tokens fits none of the buckets {self.config.prompt_buckets}"
-            )
-        return min(fitting)
+    def _run_copy(self, pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
+        numbers = np.zeros((len(self._lanes), self.plan.rows, 2), np.int32)
+        for lane, of_lane in enumerate(pairs):
+            if of_lane:
+                numbers[lane, : len(of_lane)] = of_lane
+        sources, targets = np.moveaxis(numbers.reshape(-1, 2), 1, 0)
+        self._pages = self._programs.copy(self._pages, self._put(sources), self._put(targets))
 
-    def insert(self, admissions: Sequence[Admission]) -> None:
-        """Starts episodes in their slots."""
-        by_prefix: dict[int, list[Admission]] = defaultdict(list)
-        for admission in admissions:
-            by_prefix[id(admission.prompt.prefix)].append(admission)
-        for group in by_prefix.values():
-            source = np.full(self.config.slots, -1, np.int32)
-            lengths, pending, budget, seeds = self._registers()
-            for a in group:
-                source[a.slot] = a.prompt.row
-                lengths[a.slot], pending[a.slot] = a.prompt.length, a.prompt.pending
-                budget[a.slot], seeds[a.slot] = a.budget, a.seed
-            self._state = self._insert(
-                self._state, group[0].prompt.prefix, source, lengths, pending, budget, seeds
-            )
+    def _run_extend(self) -> None:
+        count, width = self.plan.extend_rows, self.config.extend_tokens
+        total = len(self._lanes) * count
+        tokens = np.zeros((total, width), np.int32)
+        table = np.zeros((total, self.plan.pages_per_episode), np.int32)
+        starts, counts = np.zeros(total, np.int32), np.zeros(total, np.int32)
+        for index, lane in enumerate(self._lanes):
+            for row, block in enumerate(lane.blocks(count, width), start=index * count):
+                tokens[row, : len(block.tokens)] = block.tokens
+                table[row, : len(block.pages)] = block.pages
+                starts[row], counts[row] = block.start, len(block.tokens)
+        self.work.extended_tokens += int(counts.sum())
+        self.work.extended_places += tokens.size
+        inputs = map(self._put, (tokens, table, starts, counts))
+        self._pages = self._programs.extend(self._weights, self._pages, *inputs)
 
-    def decode_chunk(self, sampling: SamplingConfig) -> list[Written]:
-        """Up to `chunk` tokens for every live slot; one entry per slot, empty where not live."""
-        tables = self._stop_tables(sampling.banned)
-        self._state, chunk = self._decode(
-            sampling, self.config.chunk, self._weights, tables, self._state
-        )
-        tokens, logprobs, counts, stops = jax.device_get(
-            (chunk.tokens_BC, chunk.logprobs_BC, chunk.counts_B, chunk.stops_B)
-        )
-        return [
-            Written(tokens=tokens[b, :n], logprobs=logprobs[b, :n], stop=Stop(int(stops[b])))
-            for b, n in enumerate(counts.tolist())
-        ]
-
-    def extend(self, extensions: Sequence[Extension]) -> None:
-        """Writes documents on top of parked slots, in pieces, and sets the slots live again."""
-        rows, width = self.config.extend_rows, self.config.extend_tokens
-        pieces: dict[int, list[tuple[Extension, list[int], bool]]] = defaultdict(list)
-        for e in extensions:
-            feed = [e.last, *e.tokens[:-1]]
-            for start in range(0, len(feed), width):
-                last = start + width >= len(feed)
-                pieces[start].append((e, feed[start : start + width], last))
-        for start in sorted(pieces):
-            for first in range(0, len(pieces[start]), rows):
-                slots = np.full(rows, self.config.slots, np.int32)
-                tokens = _zeros(rows, width)
-                counts, pending, budget = (np.zeros(rows, np.int32) for _ in range(3))
-                for row, (e, feed, last) in enumerate(pieces[start][first : first + rows]):
-                    slots[row], counts[row] = e.slot, len(feed)
-                    tokens[row, : len(feed)] = feed
-                    if last:
-                        pending[row], budget[row] = e.tokens[-1], e.budget
-                self._state = self._extend(
-                    self._weights, self._state, slots, tokens, counts, pending, budget
+    def _run_decode(
+        self, sampling: SamplingConfig, chosen: Sequence[Sequence[Slot]], leave: int
+    ) -> Chunk:
+        total = len(self._lanes) * self.plan.rows
+        table = np.zeros((total, self.plan.pages_per_episode), np.int32)
+        seeds = np.zeros((total, 2), np.uint32)
+        registers = np.zeros((5, total), np.int32)
+        for lane, slots in enumerate(chosen):
+            for row, slot in enumerate(slots, start=lane * self.plan.rows):
+                table[row, : len(slot.pages)] = slot.pages
+                seeds[row] = slot.seed
+                registers[:, row] = (
+                    slot.length,
+                    slot.pending,
+                    slot.budget,
+                    slot.stop_state,
+                    slot.ban_state,
                 )
+        names = ("lengths_R", "pending_R", "budget_R", "stop_state_R", "ban_state_R")
+        rows = Rows(
+            table_RJ=self._put(table),
+            seeds_R2=self._put(seeds),
+            **{name: self._put(x) for name, x in zip(names, registers, strict=True)},
+        )
+        tables = self._stop_tables(sampling.banned)
+        self._pages, chunk = self._programs.decode(
+            sampling, self.config.chunk, self._weights, tables, self._pages, rows, np.int32(leave)
+        )
+        return chunk
 
-    @property
-    def state(self) -> EngineState:
-        """The device state, for tests and for sizing; immutable, replaced by every verb."""
-        return self._state
+    def _read(
+        self, chunk: Chunk, chosen: Sequence[Sequence[Slot]]
+    ) -> tuple[tuple[Written, ...], int]:
+        """Waits for the chunk, and brings its slots to where it left them."""
+        steps = int(np.asarray(chunk.steps))
+        got = jax.tree.map(self._local, dataclasses.replace(chunk, steps=None))
+        written = []
+        for lane, slots in enumerate(chosen):
+            for row, slot in enumerate(slots, start=lane * self.plan.rows):
+                count, stop = int(got.counts_R[row]), Stop(int(got.stops_R[row]))
+                if not count:
+                    continue
+                tokens = got.tokens_RC[row, :count]
+                slot.length += count
+                slot.pending = int(tokens[-1])
+                slot.budget = slot.budget - count if stop == Stop.RUNNING else 0
+                slot.stop_state = int(got.stop_state_R[row])
+                slot.ban_state = int(got.ban_state_R[row])
+                written.append(
+                    Written(
+                        slot=lane * self.plan.slots + slot.index,
+                        tokens=tokens,
+                        logprobs=got.logprobs_RC[row, :count],
+                        drawn_logprobs=got.drawn_logprobs_RC[row, :count],
+                        stop=stop,
+                    )
+                )
+        self.work.sampled_tokens += sum(len(w.tokens) for w in written)
+        self.work.row_steps += steps * self.plan.rows * len(self._lanes)
+        return tuple(written), steps
 
     @property
     def _weights(self) -> Params:
@@ -249,11 +350,25 @@ class Engine:
             raise ValueError("the engine has no weights yet: call set_weights first")
         return self._params
 
-    def _registers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Zeroed lengths, pending tokens, budgets and seeds of all slots."""
-        slots = self.config.slots
-        numbers = (np.zeros(slots, np.int32) for _ in range(3))
-        return (*numbers, np.zeros((slots, 2), np.uint32))  # type: ignore[return-value]
+    def _all_hosts(self, numbers: Sequence[int]) -> np.ndarray:
+        """Every host's numbers, one row each [hosts n]."""
+        row = np.array(numbers, np.int32)
+        if jax.process_count() == 1:
+            return row[None]
+        return np.asarray(multihost_utils.process_allgather(row))
+
+    def _put(self, mine: np.ndarray) -> Any:
+        """This host's part of an array over all lanes, ready to be handed to a program."""
+        if jax.process_count() == 1:
+            return mine
+        return jax.make_array_from_process_local_data(self._programs.rows, mine)
+
+    def _local(self, array: jax.Array) -> np.ndarray:
+        """This host's part of an array over all lanes."""
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        parts = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     def _stop_tables(self, banned: tuple[str, ...]) -> StopTables:
         if banned not in self._tables:
@@ -267,11 +382,3 @@ class Engine:
                 banned_accepting_S=put(ban.accepting),
             )
         return self._tables[banned]
-
-
-def _zeros(rows: int, columns: int) -> np.ndarray:
-    return np.zeros((rows, columns), np.int32)
-
-
-def _chunk_form() -> programs.Chunk:
-    return programs.Chunk(tokens_BC=0, logprobs_BC=0, counts_B=0, stops_B=0)  # type: ignore[arg-type]

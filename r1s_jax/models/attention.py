@@ -39,7 +39,7 @@ def causal_mask(length: int) -> Bool[Array, "1 T T"]:
     return jnp.tril(jnp.ones((length, length), bool))[None]
 
 
-def causal_attend(length: int) -> Callable[[Any, Array, Array, Array], tuple[Array, None]]:
-    """The decoder's `attend` callback for whole sequences from their start; keeps nothing."""
+def causal_attend(length: int) -> Callable[[Any, Any, Array, Array, Array], tuple[Array, Any]]:
+    """The decoder's `attend` callback for whole sequences from their start; needs no cache."""
     mask = causal_mask(length)
-    return lambda _, q, k, v: (attention(q, k, v, mask), None)
+    return lambda _, cache, q, k, v: (attention(q, k, v, mask), cache)

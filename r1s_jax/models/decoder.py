@@ -2,11 +2,12 @@
 
 One module serves all families, which differ by switches of its config, and all programs. It knows
 nothing of caches: every attention layer hands its rotated queries, keys and values to an `attend`
-callback, and the caller (learner, prefill, extend, decode) decides what is attended to. Layers are
-stacked along a leading axis L, so a checkpoint has one key table whether layers are unrolled or
-scanned.
+callback, together with whatever the caller threads through the layers, and the caller (learner,
+engine) decides what is attended to. Layers are stacked along a leading axis L, so a checkpoint has
+one key table whether layers are unrolled or scanned.
 
-Each parameter is declared once: shape, logical axes, initialiser.
+Each parameter is declared once: shape, logical axes, initialiser. What is computed are functions of
+plain trees, so that the engine can hold the same parameters in a layout of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from jaxtyping import Float, Int
 
 from r1s_jax.models.params import Params, abstract, bound
 
-# (layer, q [B T H h], k [B T K h], v [B T K h]) -> (attended values [B T H h], what to keep).
-# What is kept is any pytree, or None; the layer is a traced number where layers are scanned.
-Attend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
+# (layer, cache, q [B T H h], k [B T K h], v [B T K h]) -> (attended values [B T H h], cache).
+# The cache is any pytree, or None, that goes from layer to layer; the layer is a traced number
+# where layers are scanned.
+Attend = Callable[[Any, Any, Array, Array, Array], tuple[Array, Any]]
 # What the backward pass computes again: nothing, whole layers, or all but their matmuls' results.
 Remat = Literal["none", "full", "dots"]
 
@@ -120,47 +122,72 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         attend: Attend,
+        cache: Any = None,
         *,
         scan: bool = False,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """Runs all layers; returns the hidden states and what `attend` kept, layer by layer.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Runs all layers; returns the hidden states and the cache as the last layer left it.
 
-        With `scan` one layer is compiled and run L times: small programs for deep models, at the
-        price of what is kept being stacked first. `remat` trades the memory of activations for
-        computing them again in the backward pass.
+        With `scan` one layer is compiled and run L times: small programs for deep models. `remat`
+        trades the memory of activations for computing them again in the backward pass.
         """
-        stacked: Params = nnx.to_pure_dict(nnx.state(self.layers))
-        cos, sin = rope_table(positions_BT, rope_frequencies(self.config))
-        x = self.embedding[...][tokens_BT]
-
-        def run(x: Array, index: Any, params: Params) -> tuple[Array, Any]:
-            return layer(self.config, params, x, cos, sin, lambda *qkv: attend(index, *qkv))
-
-        if remat != "none":
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            # Inside a scan nothing can be merged with the forward pass anyway.
-            run = jax.checkpoint(
-                run,
-                policy=dots if remat == "dots" else None,
-                prevent_cse=not scan,
-                static_argnums=() if scan else (1,),
-            )
-        count = self.config.num_hidden_layers
-        if scan:
-            x, every = jax.lax.scan(lambda x, xs: run(x, *xs), x, (jnp.arange(count), stacked))
-            kept = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], every) for i in range(count))
-        else:
-            kept = ()
-            for i in range(count):
-                x, one = run(x, i, jax.tree.map(lambda p, i=i: p[i], stacked))
-                kept = (*kept, one)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), kept
+        params = nnx.to_pure_dict(nnx.state(self))
+        return hidden_states(
+            self.config, params, tokens_BT, positions_BT, attend, cache, scan=scan, remat=remat
+        )
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits, in f32."""
-        table = self.embedding if self.config.tie_word_embeddings else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        return unembed(self.config, nnx.to_pure_dict(nnx.state(self)), hidden)
+
+
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    attend: Attend,
+    cache: Any = None,
+    *,
+    scan: bool = False,
+    remat: Remat = "none",
+) -> tuple[Float[Array, "B T D"], Any]:
+    """`Decoder` as a function. `params["layers"]` is stacked, or a sequence of one tree a layer."""
+    cos, sin = rope_table(positions_BT, rope_frequencies(config))
+    x = params["embedding"][tokens_BT]
+
+    def run(carry: tuple[Array, Any], index: Any, block: Params) -> tuple[Array, Any]:
+        x, cache = carry
+        return layer(config, block, x, cos, sin, lambda *qkv: attend(index, cache, *qkv))
+
+    if remat != "none":
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # Inside a scan nothing can be merged with the forward pass anyway.
+        run = jax.checkpoint(
+            run,
+            policy=dots if remat == "dots" else None,
+            prevent_cse=not scan,
+            static_argnums=() if scan else (1,),
+        )
+    layers, count = params["layers"], config.num_hidden_layers
+    if scan:
+        xs = (jnp.arange(count), layers)
+        (x, cache), _ = jax.lax.scan(lambda carry, xs: (run(carry, *xs), None), (x, cache), xs)
+    else:
+        for i in range(count):
+            stacked = isinstance(layers, dict)
+            block = jax.tree.map(lambda p, i=i: p[i], layers) if stacked else layers[i]
+            x, cache = run((x, cache), i, block)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+
+
+def unembed(
+    config: DecoderConfig, params: Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Logits, in f32."""
+    table = params["embedding" if config.tie_word_embeddings else "lm_head"]
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def layer(
@@ -171,7 +198,7 @@ def layer(
     sin: Float[Array, "B T 1 half"],
     attend: Callable[[Array, Array, Array], tuple[Array, Any]],
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """One pre-norm block: attention, then a gated feed-forward network; and what `attend` kept."""
+    """One pre-norm block: attention, then a gated feed-forward network; and `attend`'s cache."""
     rows, length, _ = x_BTD.shape
     normed = rms_norm(x_BTD, params["input_norm"], config.rms_norm_eps)
     q, k, v = (normed @ params[f"{n}_kernel"] for n in "qkv")
@@ -183,11 +210,11 @@ def layer(
     if config.qk_norm:
         q = rms_norm(q, params["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], config.rms_norm_eps)
-    mixed, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
     x_BTD = x_BTD + mixed.reshape(rows, length, -1) @ params["o_kernel"]
     normed = rms_norm(x_BTD, params["mlp_norm"], config.rms_norm_eps)
     gated = jax.nn.silu(normed @ params["gate_kernel"]) * (normed @ params["up_kernel"])
-    return x_BTD + gated @ params["down_kernel"], kept
+    return x_BTD + gated @ params["down_kernel"], cache
 
 
 def rms_norm(

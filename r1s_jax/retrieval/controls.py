@@ -6,7 +6,10 @@ import collections
 import hashlib
 from collections.abc import Sequence
 
-from r1s_jax.retrieval.interface import Retriever
+import numpy as np
+from jaxtyping import Float
+
+from r1s_jax.retrieval.interface import EmbeddingRetriever, Retriever, device_part
 from r1s_jax.types import Document, RetrievalFailure
 
 
@@ -26,6 +29,11 @@ class WrongPassages:
         for document in sorted(corpus, key=lambda d: d.id):
             self._by_kind[_kind(document)].append(document)
 
+    @property
+    def embeds_on_device(self) -> bool:
+        """Whether `retriever` does."""
+        return device_part(self._retriever) is not None
+
     def search(
         self, queries: Sequence[str], k: int
     ) -> list[tuple[Document, ...] | RetrievalFailure]:
@@ -33,9 +41,31 @@ class WrongPassages:
 
         ValueError when a kind holds no other passage to give.
         """
+        return self._replace_all(queries, self._retriever.search(queries, k))
+
+    def embed_queries(self, queries: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """Those of `retriever`. ValueError if it does not embed on a device."""
+        return self._inner().embed_queries(queries)
+
+    def search_vectors(
+        self, vectors_ND: Float[np.ndarray, "N D"], queries: Sequence[str], k: int
+    ) -> list[tuple[Document, ...] | RetrievalFailure]:
+        """`search` for queries whose vectors are known. ValueError as there and above."""
+        found = self._inner().search_vectors(vectors_ND, queries, k)
+        return self._replace_all(queries, found)
+
+    def _inner(self) -> EmbeddingRetriever:
+        inner = device_part(self._retriever)
+        if inner is None:
+            raise ValueError(f"{type(self._retriever).__name__} does not embed on a device")
+        return inner
+
+    def _replace_all(
+        self, queries: Sequence[str], answers: list[tuple[Document, ...] | RetrievalFailure]
+    ) -> list[tuple[Document, ...] | RetrievalFailure]:
         return [
             found if isinstance(found, RetrievalFailure) else self._replace(query, found)
-            for query, found in zip(queries, self._retriever.search(queries, k), strict=True)
+            for query, found in zip(queries, answers, strict=True)
         ]
 
     def _replace(self, query: str, found: tuple[Document, ...]) -> tuple[Document, ...]:

@@ -23,7 +23,11 @@ from r1s_jax.types import UserError
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns texts into unit vectors; a vector depends on its text and `query` alone."""
+    """Turns texts into unit vectors; a vector depends on its text and `query` alone.
+
+    One that runs on a device says so by `on_device = True`; then one thread calls it, the one
+    that gives the device its other programs.
+    """
 
     @property
     def dim(self) -> int: ...

@@ -33,7 +33,7 @@ BRUTE_FORCE_LIMIT = 50_000  # up to here an exact scan of one query takes a few 
 
 
 class DenseIndex:
-    """Passages and their vectors; a `Retriever`. Made by `build` or `load`."""
+    """Passages and their vectors; an `EmbeddingRetriever`. Made by `build` or `load`."""
 
     def __init__(
         self,
@@ -75,19 +75,38 @@ class DenseIndex:
             searcher=_build_searcher(vectors_ND, brute_force_limit),
         )
 
+    @property
+    def embeds_on_device(self) -> bool:
+        """Whether the embedder runs on a device; see `interface.EmbeddingRetriever`."""
+        return bool(getattr(self.embedder, "on_device", False))
+
     def search(
         self, queries: Sequence[str], k: int
     ) -> list[tuple[Document, ...] | RetrievalFailure]:
         """The k passages of largest inner product per query, best first; see `Retriever`.
 
-        Queries are scored one by one, so that no answer depends on the others of the batch.
         ValueError for k < 1.
+        """
+        return self.search_vectors(self.embed_queries(queries), queries, k)
+
+    def embed_queries(self, queries: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """One unit vector per query."""
+        return self.embedder.embed(queries, query=True)
+
+    def search_vectors(
+        self, vectors_ND: Float[np.ndarray, "N D"], queries: Sequence[str], k: int
+    ) -> list[tuple[Document, ...] | RetrievalFailure]:
+        """`search` for queries whose vectors are known.
+
+        Vectors are scored one by one, so that no answer depends on the others of the batch.
+        Several threads may search at a time: ScaNN's searchers are read-only then, and leave the
+        interpreter to others meanwhile. ValueError for k < 1.
         """
         if k < 1:
             raise ValueError(f"k is {k}, must be at least 1")
         k = min(k, len(self.documents))
         found: list[tuple[Document, ...] | RetrievalFailure] = []
-        for query_D in self.embedder.embed(queries, query=True):
+        for query_D in vectors_ND:
             indices = _top(self.vectors_ND, self._searcher, query_D, k)
             found.append(tuple(self.documents[i] for i in indices))
         return found

@@ -70,6 +70,8 @@ class SentenceEmbedder:
     trained with different instructions in front of the two.
     """
 
+    on_device = True
+
     def __init__(
         self,
         folder: str | Path,

@@ -36,7 +36,9 @@ STOP_STRINGS = (END_QUERY, ANSWER_CLOSE)
 class EpisodeLimits:
     """The recipe's rollout limits."""
 
+    documents: int = 3  # passages per search
     max_searches: int = 8
+    answered_searches: int | None = None  # later ones bring nothing (a control)
     max_new_tokens: int = 512  # per turn
     context: int = 384  # tokens of the whole episode
 
@@ -75,6 +77,7 @@ class Episode:
         self._ids = list(prompt_ids)
         self._sources = [TokenSource.PROMPT] * len(prompt_ids)
         self._logprobs = [0.0] * len(prompt_ids)
+        self._drawn_logprobs = [0.0] * len(prompt_ids)
         self._turn: list[int] = []
         self._opening = opening.encode()
         self._segments: list[Segment] = []
@@ -86,13 +89,14 @@ class Episode:
         return min(self._limits.max_new_tokens, self._limits.context - len(self._ids))
 
     @property
-    def search_count(self) -> int:
-        """Searches answered so far."""
-        return len(self._searches)
-
-    @property
-    def last_token(self) -> int:
-        return self._ids[-1]
+    def documents(self) -> int:
+        """Passages that its query may bring."""
+        answered = self._limits.answered_searches
+        return (
+            0
+            if answered is not None and len(self._searches) >= answered
+            else (self._limits.documents)
+        )
 
     @property
     def text(self) -> str:
@@ -107,10 +111,11 @@ class Episode:
         self,
         tokens: Sequence[int] | np.ndarray,
         logprobs: Sequence[float] | np.ndarray,
+        drawn_logprobs: Sequence[float] | np.ndarray,
         stop: Stop,
     ) -> None:
         """Takes what the engine sampled; afterwards `need` says what is next."""
-        self._append(tokens, TokenSource.SAMPLED, logprobs)
+        self._append(tokens, TokenSource.SAMPLED, logprobs, drawn_logprobs)
         self._turn += [int(t) for t in tokens]
         if stop == Stop.RUNNING:
             return
@@ -147,7 +152,8 @@ class Episode:
             self._end(StopReason.CONTEXT_FULL)
             return []
         self._segments.append(Segment(source=TokenSource.OBSERVATION, text=block))
-        self._append(ids, TokenSource.OBSERVATION, [0.0] * len(ids))
+        nothing = [0.0] * len(ids)
+        self._append(ids, TokenSource.OBSERVATION, nothing, nothing)
         self.need = Need.TOKENS
         return ids
 
@@ -163,6 +169,7 @@ class Episode:
             token_ids_T=np.array(self._ids, np.int32),
             sources_T=np.array(self._sources, np.int8),
             logprobs_T=np.array(self._logprobs, np.float32),
+            drawn_logprobs_T=np.array(self._drawn_logprobs, np.float32),
             segments=tuple(self._segments),
             searches=tuple(self._searches),
             stop_reason=self.stop_reason,
@@ -173,10 +180,12 @@ class Episode:
         ids: Sequence[int] | np.ndarray,
         source: TokenSource,
         logprobs: Sequence[float] | np.ndarray,
+        drawn_logprobs: Sequence[float] | np.ndarray,
     ) -> None:
         self._ids += [int(i) for i in ids]
         self._sources += [source] * len(ids)
         self._logprobs += [float(x) for x in logprobs]
+        self._drawn_logprobs += [float(x) for x in drawn_logprobs]
 
     def _ask(self, query: str) -> None:
         if not query:

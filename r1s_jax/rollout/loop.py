@@ -1,32 +1,26 @@
-"""The loop between engine, episodes and retriever: questions in, groups of trajectories out.
+"""Questions in, groups of trajectories out: what `play` plays, prepared and collected.
 
-Between two decode chunks the host reads query spans, asks the retriever, and hands the documents
-back to the parked rows, while finished rows' slots take the next episodes. The order in which
-this happens cannot change any trajectory: a row's tokens depend on its own ids and key alone.
+With several hosts each one plays the questions whose turn is its own (all samples of a question
+stay together), and at the end every host has all groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
-from r1s_jax.engine.engine import Admission, Engine, Extension, PromptRef
+import jax
+
+from r1s_jax.engine.engine import Engine, Work
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
 from r1s_jax.protocol.prompts import Prompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.interface import Retriever
-from r1s_jax.rollout.episode import Episode, EpisodeLimits, Need
-from r1s_jax.types import (
-    Document,
-    Group,
-    Question,
-    RetrievalFailure,
-    StopReason,
-    Trajectory,
-    UserError,
-)
+from r1s_jax.retrieval.pool import SearchPool
+from r1s_jax.rollout.episode import Episode, EpisodeLimits
+from r1s_jax.rollout.hosts import from_all_hosts
+from r1s_jax.rollout.play import Samples, Spent, play
+from r1s_jax.types import Group, Question, StopReason, Trajectory, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +32,10 @@ class RolloutConfig:
     max_new_tokens: int = 512  # per turn
     opening: str = ""  # text every response is made to begin with (a control: forced search)
     answered_searches: int | None = None  # later ones bring nothing (a control)
+    search_workers: int = 4  # searches that run at a time
+    search_batch: int = 64  # queries of one search, at most
+    search_window: float = 0.005  # seconds that a query waits for others
+    search_timeout: float = 60.0  # seconds after which a search counts as failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,9 @@ class RolloutResult:
     dropped_groups: int  # groups left with fewer than `min_survivors` samples
     sampled_tokens: int
     seconds: float
-    retrieval_seconds: float
+    retrieval_seconds: float  # while at least one query was out
+    retrieval_wait_seconds: float  # while no row could decode because of that
+    decode_utilization: float  # sampled tokens per row and step, empty rows counted
 
 
 class Rollout:
@@ -77,7 +77,9 @@ class Rollout:
         self._engine, self._tokenizer, self._prompt = engine, tokenizer, prompt
         self._retriever, self._config = retriever, config
         self._limits = EpisodeLimits(
+            documents=config.documents,
             max_searches=config.max_searches,
+            answered_searches=config.answered_searches,
             max_new_tokens=config.max_new_tokens,
             context=engine.config.context,
         )
@@ -97,174 +99,78 @@ class Rollout:
         `watch` is called with an episode whenever it has got new text. Raises UserError, before
         anything runs, for a question whose prompt does not fit.
         """
-        started = time.perf_counter()
-        waiting = deque(self._episodes(questions, samples, call))
-        episodes = [e for e, _ in waiting]
-        prompts: dict[int, PromptRef] = {}
-        playing: dict[int, Episode] = {}
-        free = deque(range(self._engine.config.slots))
-        retrieval_seconds, failure = 0.0, ""
-        while waiting or playing:
-            self._admit(waiting, prompts, free, playing, call)
-            for slot, written in enumerate(self._engine.decode_chunk(sampling)):
-                if len(written.tokens):
-                    playing[slot].write(written.tokens, written.logprobs, written.stop)
-                    if watch:
-                        watch(playing[slot])
-            asking = [s for s in sorted(playing) if playing[s].need == Need.DOCUMENTS]
-            if asking:
-                before = time.perf_counter()
-                outcomes = self._retrieve([playing[s] for s in asking])
-                retrieval_seconds += time.perf_counter() - before
-                failed = [o.reason for o in outcomes if isinstance(o, RetrievalFailure)]
-                failure = failure or next(iter(failed), "")
-                self._answer([(s, playing[s]) for s in asking], outcomes)
-            for slot in [s for s in sorted(playing) if playing[s].need == Need.NOTHING]:
-                if watch:
-                    watch(playing[slot])
-                del playing[slot]
-                free.append(slot)
-        trajectories = [e.trajectory() for e in episodes]
-        return _collect(
-            questions,
-            trajectories,
-            samples=samples,
-            min_survivors=min_survivors,
-            failure=failure,
-            seconds=time.perf_counter() - started,
-            retrieval_seconds=retrieval_seconds,
-        )
+        everything = self._samples(questions, samples, call)
+        mine = everything[jax.process_index() :: jax.process_count()]
+        work = self._engine.work = Work()
+        with SearchPool(
+            self._retriever,
+            workers=self._config.search_workers,
+            batch=self._config.search_batch,
+            window=self._config.search_window,
+            timeout=self._config.search_timeout,
+        ) as pool:
+            spent = play(self._engine, mine, pool, sampling, watch)
+        played = [[episode.trajectory() for episode, _ in s.episodes] for s in mine]
+        hosts = from_all_hosts((played, spent, work))
+        return _collect(questions, hosts, min_survivors=min_survivors)
 
-    def _episodes(
+    def _samples(
         self, questions: Sequence[Question], samples: int, call: Call
-    ) -> list[tuple[Episode, list[int]]]:
-        """All episodes in (question, sample) order, each with its prompt."""
+    ) -> list[Samples[Episode]]:
+        """All episodes in (question, sample) order, each with its prompt and key."""
         opening_ids = self._tokenizer.encode(self._config.opening)
-        episodes = []
+        everything = []
         for question in questions:
             ids = [*self._prompt.prompt_ids(self._tokenizer, question.text), *opening_ids]
             if len(ids) > self._engine.config.longest_prompt:
                 raise UserError(
                     f"question {question.id!r}: its prompt has {len(ids)} tokens, engine.context = "
-                    f"{self._engine.config.context} and prompt_buckets = "
-                    f"{self._engine.config.prompt_buckets} have no room for it"
+                    f"{self._engine.config.context} has no room for it"
                 )
-            episodes += [
-                (
-                    Episode(
-                        question,
-                        attempt=call.attempt,
-                        sample=sample,
-                        prompt_ids=ids,
-                        tokenizer=self._tokenizer,
-                        limits=self._limits,
-                        match_end=self._engine.match_end,
-                        weights_version=self._engine.weights_version,
-                        opening=self._config.opening,
-                    ),
-                    ids,
+            episodes = []
+            for sample in range(samples):
+                episode = Episode(
+                    question,
+                    attempt=call.attempt,
+                    sample=sample,
+                    prompt_ids=ids,
+                    tokenizer=self._tokenizer,
+                    limits=self._limits,
+                    match_end=self._engine.match_end,
+                    weights_version=self._engine.weights_version,
+                    opening=self._config.opening,
                 )
-                for sample in range(samples)
-            ]
-        return episodes
-
-    def _admit(
-        self,
-        waiting: deque[tuple[Episode, list[int]]],
-        prompts: dict[int, PromptRef],
-        free: deque[int],
-        playing: dict[int, Episode],
-        call: Call,
-    ) -> None:
-        """Gives free slots to waiting episodes; a question's prompt is prefilled once."""
-        admissions = []
-        while free and waiting:
-            episode, ids = waiting[0]
-            if id(ids) not in prompts:
-                upcoming: dict[int, list[int]] = {id(i): i for _, i in waiting}
-                batch = list(upcoming.items())[: self._engine.config.prefill_rows]
-                refs = self._engine.prefill([i for _, i in batch])
-                prompts.update(zip((key for key, _ in batch), refs, strict=True))
-            waiting.popleft()
-            slot = free.popleft()
-            playing[slot] = episode
-            seed = row_seed(
-                call.seed, call.phase, call.step, episode.question.id, call.attempt, episode.sample
-            )
-            admissions.append(
-                Admission(slot=slot, prompt=prompts[id(ids)], seed=seed, budget=episode.budget)
-            )
-            if not waiting or waiting[0][1] is not ids:
-                del prompts[id(ids)]
-        if admissions:
-            self._engine.insert(admissions)
-
-    def _retrieve(self, asking: list[Episode]) -> list[tuple[Document, ...] | RetrievalFailure]:
-        """One outcome per query, whatever the retriever does: its faults are not the policy's."""
-        queries = [episode.query for episode in asking]
-        try:
-            outcomes = list(self._retriever.search(queries, self._config.documents))
-        except Exception as e:
-            return [RetrievalFailure(reason=f"{type(e).__name__}: {e}")] * len(queries)
-        if len(outcomes) != len(queries):
-            reason = f"{len(queries)} queries were sent, {len(outcomes)} answers came back"
-            return [RetrievalFailure(reason=reason)] * len(queries)
-        limit = self._config.answered_searches
-        unanswered = [limit is not None and e.search_count >= limit for e in asking]
-        return [
-            _checked(o, 0 if u else self._config.documents)
-            for o, u in zip(outcomes, unanswered, strict=True)
-        ]
-
-    def _answer(
-        self,
-        asking: list[tuple[int, Episode]],
-        outcomes: list[tuple[Document, ...] | RetrievalFailure],
-    ) -> None:
-        extensions = []
-        for (slot, episode), outcome in zip(asking, outcomes, strict=True):
-            last = episode.last_token
-            if tokens := episode.observe(outcome):
-                extensions.append(
-                    Extension(slot=slot, last=last, tokens=tokens, budget=episode.budget)
-                )
-        self._engine.extend(extensions)
-
-
-def _checked(outcome: object, limit: int) -> tuple[Document, ...] | RetrievalFailure:
-    """One answer of the retriever: its first `limit` documents, or a failure."""
-    if isinstance(outcome, RetrievalFailure):
-        return outcome
-    if isinstance(outcome, list | tuple) and all(isinstance(d, Document) for d in outcome):
-        return tuple(outcome[:limit])
-    return RetrievalFailure(reason=f"the answer is no list of documents but {outcome!r:.80}")
+                key = (call.seed, call.phase, call.step, question.id, call.attempt, sample)
+                episodes.append((episode, row_seed(*key)))
+            everything.append(Samples(prompt_ids=ids, episodes=episodes))
+        return everything
 
 
 def _collect(
     questions: Sequence[Question],
-    trajectories: Sequence[Trajectory],
+    hosts: Sequence[tuple[list[list[Trajectory]], Spent, Work]],
     *,
-    samples: int,
     min_survivors: int,
-    failure: str,
-    seconds: float,
-    retrieval_seconds: float,
 ) -> RolloutResult:
     groups, dropped, failed = [], 0, 0
+    trajectories, spent, work = zip(*hosts, strict=True)
     for index, question in enumerate(questions):
-        played = trajectories[index * samples : (index + 1) * samples]
+        played = trajectories[index % len(hosts)][index // len(hosts)]
         alive = [t for t in played if t.stop_reason != StopReason.RETRIEVAL_FAILED]
         failed += len(played) - len(alive)
         if len(alive) >= min_survivors:
             groups.append(Group(question=question, trajectories=tuple(alive)))
         else:
             dropped += 1
+    sampled = sum(w.sampled_tokens for w in work)
     return RolloutResult(
         groups=tuple(groups),
         failed=failed,
-        failure=failure,
+        failure=next((s.failure for s in spent if s.failure), ""),
         dropped_groups=dropped,
-        sampled_tokens=sum(t.sampled_count for t in trajectories),
-        seconds=seconds,
-        retrieval_seconds=retrieval_seconds,
+        sampled_tokens=sampled,
+        seconds=max(s.seconds for s in spent),
+        retrieval_seconds=max(s.retrieval for s in spent),
+        retrieval_wait_seconds=max(s.retrieval_wait for s in spent),
+        decode_utilization=sampled / max(1, sum(w.row_steps for w in work)),
     )

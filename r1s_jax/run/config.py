@@ -87,12 +87,22 @@ class RunConfig:
         if not names or len(set(names)) < len(names):
             raise UserError(f"stages: needs at least one, each with a name of its own, has {names}")
         shards = self.mesh.data * self.mesh.fsdp
-        for field, rows in (
-            ("learner.rows", self.learner.rows),
-            ("engine.slots", self.engine.slots),
-        ):
-            if rows % shards:
-                raise UserError(f"{field} = {rows} does not divide over mesh data*fsdp = {shards}")
+        if self.learner.rows % shards:
+            raise UserError(
+                f"learner.rows = {self.learner.rows} does not divide over mesh data*fsdp = {shards}"
+            )
+        tensor = self.engine.tensor or self.mesh.tensor
+        if self.mesh.size % tensor:
+            raise UserError(
+                f"engine.tensor = {tensor} does not divide the mesh's {self.mesh.size} devices"
+            )
+        for field in ("rows", "extend_rows"):
+            rows, lanes = getattr(self.engine, field), self.mesh.size // tensor
+            if rows % lanes:
+                raise UserError(
+                    f"engine.{field} = {rows} does not divide over {lanes} copies of the policy "
+                    f"({self.mesh.size} devices, {tensor} to a copy)"
+                )
         longest = max(self.learner.length_buckets)
         if longest < self.engine.context:
             raise UserError(

@@ -64,6 +64,8 @@ def evaluate(
     metrics["retrieval_failed"] = float(result.failed)
     metrics["rollout_seconds"] = result.seconds
     metrics["retrieval_seconds"] = result.retrieval_seconds
+    metrics["retrieval_wait_seconds"] = result.retrieval_wait_seconds
+    metrics["decode_utilization"] = result.decode_utilization
     return metrics, trajectories
 
 

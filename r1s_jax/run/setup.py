@@ -13,6 +13,7 @@ from r1s_jax.data.atlas import SPLITS
 from r1s_jax.data.atlas_builder import cache_directory, load_atlas
 from r1s_jax.data.questions import read_questions
 from r1s_jax.engine.engine import Engine
+from r1s_jax.engine.plan import weight_bytes
 from r1s_jax.models import hf, hub
 from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt, Prompt, tiny_prompt
@@ -63,6 +64,8 @@ def build_parts(
         stop_strings=STOP_STRINGS,
         eos_ids=tokenizer.eos_ids,
         dtype=jnp.dtype(config.dtype),
+        # Parameters and two moments of the learner.
+        reserved_bytes=3 * weight_bytes(checked.model, mesh, jnp.float32) if training else 0,
     )
     return Parts(
         mesh=mesh,
@@ -103,8 +106,8 @@ def check_inputs(
     room = config.engine.longest_prompt
     if length > room:
         raise UserError(
-            f"engine.prompt_buckets and context leave room for {room} tokens, the prompt alone "
-            f"has {length}"
+            f"engine.context = {config.engine.context} leaves room for {room} tokens, the prompt "
+            f"alone has {length}"
         )
     _require_world(config, training, lambda text: _excess(prompt, tokenizer, text, length, room))
     if config.engine.context > model.max_position_embeddings:
@@ -189,8 +192,7 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
             if tokens := excess(question.text):
                 raise UserError(
                     f"{name}: question {question.id!r}: its prompt is {tokens} tokens longer than "
-                    f"engine.prompt_buckets = {config.engine.prompt_buckets} and engine.context = "
-                    f"{config.engine.context} have room for"
+                    f"engine.context = {config.engine.context} has room for"
                 )
         if field == "train_questions" and len(questions) < config.questions_per_step:
             raise UserError(

@@ -95,6 +95,7 @@ class _Run:
         self.summary: dict[str, Any] = {}  # of a finished run
         self.parts: Parts = build_parts(config)
         parts = self.parts
+        progress.note(f"engine: {parts.engine.plan}")
         self.learner = Learner(
             parts.model,
             config.learner,
@@ -263,6 +264,8 @@ class _Run:
             "tokens_per_second": result.sampled_tokens / result.seconds,
             "rollout_seconds": result.seconds,
             "retrieval_seconds": result.retrieval_seconds,
+            "retrieval_wait_seconds": result.retrieval_wait_seconds,
+            "decode_utilization": result.decode_utilization,
             "compiles": float(self.compiles.count),
         }
         self.metrics.write(self.at.step, stage.name, "train", row)

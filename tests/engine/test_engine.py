@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+from collections import deque
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.engine.engine import Admission, Extension
 from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
 from r1s_jax.rollout.episode import STOP_STRINGS
@@ -16,7 +16,7 @@ from r1s_jax.types import UserError
 from tests import tiny
 
 GREEDY = SamplingConfig(temperature=0.0)
-MANY = 64  # episodes of a test; they play in runs of as many as there are slots
+MANY = 64  # episodes of a test, far more than there are slots
 
 
 @dataclasses.dataclass
@@ -28,63 +28,47 @@ class Played:
 
 
 def prompt(i):
-    """Ids of a prompt of 1 to 33 tokens; the last two lie in different buckets."""
+    """Ids of a prompt of 1 to 33 tokens; 17 and 33 fill pages of 16 but for the last token."""
     length = (1, 2, 5, 9, 16, 17, 18, 33)[i % 8]
     return [(7 * i + 3 * j) % 256 for j in range(length)]
 
 
 def play(engine, count, sampling, budgets, documents):
     """Plays episodes of len(budgets) turns; `documents[t]` (ids) is written before turn t + 1."""
-    episodes = []
-    for start in range(0, count, engine.config.slots):
-        group = range(start, min(start + engine.config.slots, count))
-        refs = engine.prefill([prompt(i) for i in group])
-        engine.insert(
-            [
-                Admission(
-                    slot=slot,
-                    prompt=ref,
-                    seed=row_seed(0, "train", 0, f"q{i}", 0, 0),
-                    budget=budgets[0],
-                )
-                for slot, (i, ref) in enumerate(zip(group, refs, strict=True))
-            ]
-        )
-        rows = [Played(ids=prompt(i), turns=[]) for i in group]
-        for turn, budget in enumerate(budgets):
-            if turn:
-                extra = [documents[turn - 1] for _ in group]
-                engine.extend(
-                    [
-                        Extension(slot=s, last=rows[s].ids[-1], tokens=extra[s], budget=budget)
-                        for s in range(len(rows))
-                    ]
-                )
-                for row, tokens in zip(rows, extra, strict=True):
-                    row.ids += tokens
-            decode_turn(engine, rows, sampling)
-        episodes += rows
-    return episodes
-
-
-def decode_turn(engine, rows, sampling):
-    """Decodes until every row has stopped."""
-    turns = [(len(r.ids), [], []) for r in rows]
-    running = set(range(len(rows)))
-    while running:
-        for slot, written in enumerate(engine.decode_chunk(sampling)):
-            assert len(written.tokens) <= engine.config.chunk
-            if slot not in running:
-                assert len(written.tokens) == 0
+    episodes = [Played(ids=prompt(i), turns=[]) for i in range(count)]
+    waiting, playing = deque(enumerate(episodes)), {}
+    while waiting or playing:
+        while waiting:
+            i, episode = waiting[0]
+            ref = engine.prefill(episode.ids)
+            if ref is None:
+                break
+            seed = row_seed(0, "train", 0, f"q{i}", 0, 0)
+            slot = engine.insert(ref, seed=seed, budget=budgets[0])
+            engine.drop(ref)
+            if slot is None:
+                break
+            waiting.popleft()
+            playing[slot] = episode, (len(episode.ids), [], [])
+        for written in engine.decode_chunk(sampling).written:
+            assert 0 < len(written.tokens) <= engine.config.chunk
+            episode, turn = playing[written.slot]
+            turn[1].extend(written.tokens.tolist())
+            turn[2].extend(written.logprobs.tolist())
+            if written.stop == Stop.RUNNING:
                 continue
-            assert len(written.tokens) > 0
-            turns[slot][1].extend(written.tokens.tolist())
-            turns[slot][2].extend(written.logprobs.tolist())
-            if written.stop != Stop.RUNNING:
-                running.remove(slot)
-                rows[slot].turns.append((*turns[slot], written.stop))
-    for row, turn in zip(rows, turns, strict=True):
-        row.ids += turn[1]
+            episode.turns.append((*turn, written.stop))
+            episode.ids += turn[1]
+            if len(episode.turns) == len(budgets):
+                engine.release(written.slot)
+                del playing[written.slot]
+                continue
+            tokens = documents[len(episode.turns) - 1]
+            engine.extend(written.slot, tokens, budget=budgets[len(episode.turns)])
+            episode.ids += tokens
+            playing[written.slot] = episode, (len(episode.ids), [], [])
+    assert engine.idle
+    return episodes
 
 
 @functools.cache
@@ -104,7 +88,7 @@ def ids_of(*texts):
     return [tiny.token_id(t) for t in texts]
 
 
-# The pieces of documents have 24 tokens: blocks of 1, one more than a piece, two whole pieces. Each
+# Blocks have 12 tokens and pages 16: documents of 1, of two blocks and one more, of four. Each
 # ends with `begin`, after which the policy likes to write `_of_query|>`.
 DOCUMENTS = [[5, 6] * (n // 2) + [9] * (n % 2) + ids_of("begin") for n in (0, 24, 47)]
 BUDGETS = [2, 9, 5, 20]
@@ -231,13 +215,16 @@ def test_ban_is_the_first_draw_that_differs(banned, sampled):
     assert same > MANY // 2
 
 
-def test_prompt_buckets():
-    """The smallest bucket that holds all but the last token; a prompt too long is an error."""
+def test_prompts_fill_all_but_one_token():
+    """One token has to be sampled; a prompt too long, or none at all, is an error."""
     engine = tiny.engine()
-    assert [engine.prompt_bucket(n) for n in (1, 16, 17, 18, 33)] == [16, 16, 16, 32, 32]
-    for length in (0, 34):
-        with pytest.raises(ValueError, match=rf"{length} tokens fits none .*\(16, 32\)"):
-            engine.prompt_bucket(length)
+    for length in (0, 176):
+        with pytest.raises(ValueError, match=rf"{length} tokens, engine.context = 176"):
+            engine.prefill([1] * length)
+    ref = engine.prefill([1] * 175)
+    assert ref is not None
+    engine.drop(ref)
+    assert engine.idle
 
 
 def test_weights_may_be_donated_afterwards():
@@ -266,7 +253,8 @@ def test_new_weights_are_used():
     "changes, error, message",
     [
         ({"context": 300}, UserError, r"engine.context = 300, .*max_position_embeddings = 256"),
-        ({"prompt_buckets": (16, 177)}, UserError, r"\(16, 177\) exceed engine.context = 176"),
+        ({"chunk": 0}, UserError, r"engine.chunk = 0, must be at least 1"),
+        ({"tensor": 2}, UserError, r"engine.tensor = 2 does not divide the mesh's 1 devices"),
     ],
 )
 def test_configs_that_cannot_work(changes, error, message):
@@ -285,4 +273,4 @@ def test_vocabulary_sizes_must_agree():
         Engine(tiny.MODEL, tiny.CONFIG, token_bytes=[b"x"] * 311, **arguments)
     engine = Engine(tiny.MODEL, tiny.CONFIG, token_bytes=[b"x"] * 312, **arguments)
     with pytest.raises(ValueError, match="no weights yet"):
-        engine.prefill([[1, 2]])
+        engine.warm_up([GREEDY])

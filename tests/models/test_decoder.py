@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from r1s_jax.engine.engine import Admission, Engine
+from r1s_jax.engine.engine import Engine
 from r1s_jax.engine.programs import Stop
-from r1s_jax.engine.sampling import SamplingConfig, row_seed
+from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models import hf
 from r1s_jax.models.attention import attention, causal_attend
@@ -25,6 +25,7 @@ from r1s_jax.models.decoder import (
 from r1s_jax.models.families import read_config
 from r1s_jax.sharding import MeshConfig, make_mesh
 from tests import hf_models, tiny
+from tests.turns import play_turn
 
 TOKENS = np.random.default_rng(1).integers(0, hf_models.SIZES["vocab_size"], (3, 12))
 
@@ -56,13 +57,13 @@ def ours(config, params, tokens, positions, mask_BTS):
     def run(params, tokens, positions, mask_BTS):
         decoder = bind(config, params)
         attend = lambda *qkv: (attention(*qkv, mask_BTS), None)  # noqa: E731
-        logits = decoder.unembed(decoder(tokens, positions, lambda _, *qkv: attend(*qkv))[0])
+        logits = decoder.unembed(decoder(tokens, positions, lambda _, __, *qkv: attend(*qkv))[0])
         cos, sin = rope_table(positions, rope_frequencies(config))
         states = [params["embedding"][tokens]]
         for i in range(config.num_hidden_layers):
             block = jax.tree.map(lambda p, i=i: p[i], params["layers"])
             states.append(layer(config, block, states[-1], cos, sin, attend)[0])
-        states[-1] = decoder(tokens, positions, lambda _, *qkv: attend(*qkv))[0]
+        states[-1] = decoder(tokens, positions, lambda _, __, *qkv: attend(*qkv))[0]
         return logits, states
 
     given = (jnp.asarray(x) for x in (tokens, positions, mask_BTS))
@@ -112,9 +113,7 @@ def test_cached_decoding(loaded):
     kind, config, params = loaded
     engine = Engine(
         config,
-        EngineConfig(
-            slots=3, chunk=5, context=64, prefill_rows=3, prompt_buckets=(16,), extend_rows=1
-        ),
+        EngineConfig(rows=3, chunk=5, context=64, page=8, extend_rows=2, extend_tokens=4),
         mesh=make_mesh(MeshConfig()),
         token_bytes=[b"x"] * config.vocab_size,
         stop_strings=(),
@@ -123,50 +122,41 @@ def test_cached_decoding(loaded):
     engine.set_weights(params, 0)
     rows = [TOKENS[0].tolist(), TOKENS[1, :9].tolist(), TOKENS[2, :4].tolist()]
     starts = [len(row) for row in rows]
-    refs = engine.prefill(rows)
-    engine.insert(
-        [
-            Admission(slot=s, prompt=ref, seed=row_seed(0, "eval", 0, "q", 0, s), budget=10)
-            for s, ref in enumerate(refs)
-        ]
-    )
-    logprobs = [[], [], []]
-    for _ in range(2):
-        for s, written in enumerate(engine.decode_chunk(SamplingConfig(temperature=0.0))):
-            rows[s] += written.tokens.tolist()
-            logprobs[s] += written.logprobs.tolist()
-    assert written.stop == Stop.BUDGET
+    turns = play_turn(engine, rows, SamplingConfig(temperature=0.0), 10)
+    assert all(len(tokens) == 10 and stop == Stop.BUDGET for tokens, _, stop in turns)
+    logprobs = [got for _, got, _ in turns]
+    rows = [row + tokens for row, (tokens, _, _) in zip(rows, turns, strict=True)]
     largest = []
     for row, start, got in zip(rows, starts, logprobs, strict=True):
         logits, _ = theirs(kind, np.array([row]))
         logits = logits[0, start - 1 : -1].astype(np.float64)
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         assert row[start:] == expected.argmax(-1).tolist()
-        largest.append(close(np.array(got), expected.max(-1)))
+        largest.append(close(got, expected.max(-1)))
     print(f"{kind}, cached: log-probs {max(largest):.1e}")
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_scanned_layers_give_what_unrolled_ones_give(remat):
-    """The same figures, what is kept included, and the same gradients, whatever is recomputed."""
-    tokens = jnp.asarray(TOKENS[:, :5])
+    """The same figures, the cache included, and the same gradients, whatever is recomputed."""
+    count = tiny.MODEL.num_hidden_layers
 
     def loss(scan, remat, params):
-        def attend(_, q, k, v):
-            return causal_attend(5)(None, q, k, v)[0], k
+        def attend(layer, cache, q, k, v):
+            return causal_attend(5)(layer, None, q, k, v)[0], cache.at[layer].set(k)
 
         positions = jnp.broadcast_to(jnp.arange(5), tokens.shape)
         decoder = bind(tiny.MODEL, params)
-        hidden, kept = decoder(tokens, positions, attend, scan=scan, remat=remat)
-        return (decoder.unembed(hidden) ** 2).sum(), (hidden, kept)
+        shape = (count, *tokens.shape, tiny.MODEL.num_key_value_heads, tiny.MODEL.head_dim)
+        hidden, cache = decoder(tokens, positions, attend, jnp.zeros(shape), scan=scan, remat=remat)
+        return (decoder.unembed(hidden) ** 2).sum(), (hidden, cache)
 
+    tokens = jnp.asarray(TOKENS[:, :5])
     run = lambda *how: jax.jit(jax.grad(partial(loss, *how), has_aux=True))(tiny.params())  # noqa: E731
-    plain, (hidden, kept) = run(False, "none")
-    scanned, (again, kept_again) = run(True, remat)
-    assert len(kept) == len(kept_again) == tiny.MODEL.num_hidden_layers
-    jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-5), (again, kept_again), (hidden, kept)
-    )
+    plain, (hidden, cache) = run(False, "none")
+    scanned, again = run(True, remat)
+    assert all((cache[layer] != 0).all() for layer in range(count))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), again, (hidden, cache))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), scanned, plain)
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from r1s_jax.engine.engine import Admission, Engine
-from r1s_jax.engine.programs import Stop
-from r1s_jax.engine.sampling import SamplingConfig, row_seed
+from r1s_jax.engine.engine import Engine
+from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models import hf
 from r1s_jax.models.families import read_config
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.sharding import MeshConfig, make_mesh
 from tests import real, tiny
+from tests.turns import play_turn
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -68,27 +68,14 @@ def test_greedy_text(smol):
     config, tokenizer, params, prompts, theirs = smol
     engine = Engine(
         config,
-        EngineConfig(
-            slots=8, chunk=16, context=128, prefill_rows=8, prompt_buckets=(48,), extend_rows=1
-        ),
+        EngineConfig(rows=8, context=128),
         mesh=make_mesh(MeshConfig()),
         token_bytes=tokenizer.token_bytes,
         stop_strings=(),
         eos_ids=tokenizer.eos_ids,
     )
     engine.set_weights(params, 0)
-    engine.insert(
-        [
-            Admission(slot=s, prompt=ref, seed=row_seed(0, "eval", 0, "q", 0, s), budget=NEW)
-            for s, ref in enumerate(engine.prefill(prompts))
-        ]
-    )
-    written, running = [[] for _ in prompts], set(range(len(prompts)))
-    while running:
-        for s, chunk in enumerate(engine.decode_chunk(SamplingConfig(temperature=0.0))):
-            written[s] += chunk.tokens.tolist()
-            if s in running and chunk.stop != Stop.RUNNING:
-                running.remove(s)
+    written = [t for t, *_ in play_turn(engine, prompts, SamplingConfig(temperature=0.0), NEW)]
     for prompt, got in zip(prompts, written, strict=True):
         given = torch.tensor([prompt])
         expected = theirs.generate(

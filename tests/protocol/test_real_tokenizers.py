@@ -323,7 +323,7 @@ def episode(r):
 
 
 def sampled(e, ids, stop=Stop.STRING):
-    e.write(ids, [-1.0] * len(ids), stop)
+    e.write(ids, [-1.0] * len(ids), [-1.0] * len(ids), stop)
     return e
 
 

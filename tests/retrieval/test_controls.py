@@ -1,6 +1,7 @@
 import pytest
 
 from r1s_jax.retrieval.controls import WrongPassages
+from r1s_jax.retrieval.interface import device_part
 from r1s_jax.types import Document, RetrievalFailure
 from tests.fakes import DictionaryRetriever, FailingRetriever
 
@@ -50,6 +51,14 @@ def test_a_kind_without_another_passage_is_refused():
     inner = DictionaryRetriever(mapping={}, default=FOUND[:1])
     with pytest.raises(ValueError, match="'city:0'"):
         WrongPassages(inner, CITIES[:1]).search(["q"], 1)
+
+
+def test_without_a_device_part_there_are_no_vectors():
+    """The two parts themselves are tested with the pool, which is what they are for."""
+    wrong = WrongPassages(DictionaryRetriever(mapping={}), CORPUS)
+    assert not wrong.embeds_on_device and device_part(wrong) is None
+    with pytest.raises(ValueError, match="DictionaryRetriever does not embed on a device"):
+        wrong.embed_queries(["q"])
 
 
 def test_plain_ids_are_all_of_one_kind():

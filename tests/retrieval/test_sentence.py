@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+import threading
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.sharding import MeshConfig, make_mesh
 from r1s_jax.types import Document, UserError
 from tests import real
+from tests.searches import asked
 
 MODULES = [
     {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -264,6 +266,20 @@ def test_index_tells_queries_from_passages(original):
     index = DenseIndex.build(documents, ours, corpus_hash="")
     index.search(["oslo"], 2)
     assert [query for _, query in asked] == [False, False, True] and asked[-1][0] == ("oslo",)
+
+
+def test_the_pool_embeds_in_its_callers_thread(original):
+    """In batches of any make, and with the answers of a search alone."""
+    ours, queries, threads = embedder(original, tokens_per_device=80), sentences(30), set()
+    documents = [Document(id=str(i), title=w, text=f"{w} {w}") for i, w in enumerate(WORDS)]
+    index = DenseIndex.build(documents, ours, corpus_hash="")
+    alone = [index.search([query], 3)[0] for query in queries]
+    ours._launch = lambda *a: (
+        threads.add(threading.get_ident()) or SentenceEmbedder._launch(ours, *a)
+    )
+    for batch in (1, 7, 30):
+        assert asked(index, queries, 3, batch=batch, window=0.0) == alone
+    assert threads == {threading.get_ident()}
 
 
 def test_longest_text(folder):

@@ -23,6 +23,7 @@ def _trajectory(sources, first=1, stop_reason=StopReason.ANSWER, logprobs=None):
         token_ids_T=np.arange(first, first + len(sources), dtype=np.int32),
         sources_T=sources,
         logprobs_T=np.asarray(logprobs, np.float32),
+        drawn_logprobs_T=np.asarray(logprobs, np.float32),
         segments=(),
         searches=(),
         stop_reason=stop_reason,

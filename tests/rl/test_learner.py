@@ -59,6 +59,7 @@ def trajectories():
                 token_ids_T=rng.integers(1, MODEL.vocab_size, length).astype(np.int32),
                 sources_T=sources,
                 logprobs_T=np.full(length, -4.0, np.float32),
+                drawn_logprobs_T=np.full(length, -4.0, np.float32),
                 segments=(),
                 searches=(),
                 stop_reason=StopReason.ANSWER,

@@ -40,6 +40,7 @@ def _trajectory(*texts, stop_reason=StopReason.ANSWER, gold=("d1",), answers=("A
         token_ids_T=np.zeros(len(sources), np.int32),
         sources_T=sources,
         logprobs_T=np.zeros(len(sources), np.float32),
+        drawn_logprobs_T=np.zeros(len(sources), np.float32),
         segments=segments,
         searches=searches,
         stop_reason=stop_reason,

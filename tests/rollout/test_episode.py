@@ -41,11 +41,8 @@ def write(e, text, stop=Stop.STRING, chunk=1000):
     for start in range(0, len(ids), chunk):
         piece = ids[start : start + chunk]
         last = start + chunk >= len(ids)
-        e.write(
-            np.array(piece),
-            -np.arange(start + 1, start + 1 + len(piece), dtype=np.float32),
-            stop if last else Stop.RUNNING,
-        )
+        logprobs = -np.arange(start + 1, start + 1 + len(piece), dtype=np.float32)
+        e.write(np.array(piece), logprobs, logprobs / 2, stop if last else Stop.RUNNING)
     return ids
 
 
@@ -54,11 +51,11 @@ def test_a_whole_episode_token_by_token(chunk):
     """Invariants 1 and 2: ids as sampled, each with source and log-prob, whatever the chunks."""
     e = episode()
     first = write(e, QUERY, chunk=chunk)
-    assert (e.need, e.query, e.last_token) == (Need.DOCUMENTS, "who", first[-1])
+    assert (e.need, e.query) == (Need.DOCUMENTS, "who")
     documents = e.observe((DOCUMENT,))
     block = "<|begin_of_documents|>\n(1)Title: T Text: t\n<|end_of_documents|>\n\n"
     assert documents == TOKENIZER.encode(block)
-    assert (e.need, e.search_count) == (Need.TOKENS, 1)
+    assert e.need == Need.TOKENS
     second = write(e, ANSWER, chunk=chunk)
     assert e.need == Need.NOTHING
     t = e.trajectory()
@@ -67,6 +64,7 @@ def test_a_whole_episode_token_by_token(chunk):
     assert t.sources_T.tolist() == [PROMPT] * 3 + [SAMPLED] * n + [OBSERVATION] * d + [SAMPLED] * m
     logprobs = [0, 0, 0, *range(-1, -n - 1, -1), *[0] * d, *range(-1, -m - 1, -1)]
     assert t.logprobs_T.tolist() == logprobs
+    assert t.drawn_logprobs_T.tolist() == [x / 2 for x in logprobs]
     assert [(s.source, s.text) for s in t.segments] == [
         (SAMPLED, QUERY),
         (OBSERVATION, block),
@@ -233,7 +231,7 @@ def test_text_while_it_is_written():
     """`watch` may print the growing text at any time."""
     e, seen = episode(), ""
     for token in TOKENIZER.encode(QUERY)[:-1]:
-        e.write([token], [-1.0], Stop.RUNNING)
+        e.write([token], [-1.0], [-1.0], Stop.RUNNING)
         assert e.text.startswith(seen)
         seen = e.text
     assert seen == QUERY[:-2]  # the last token is "|>"

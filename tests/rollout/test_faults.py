@@ -2,10 +2,11 @@
 
 import dataclasses
 import random
+import time
 
 import pytest
 
-from r1s_jax.types import RetrievalFailure, StopReason
+from r1s_jax.types import Document, RetrievalFailure, StopReason
 from tests import tiny
 from tests.fakes import FailingRetriever
 from tests.scripted import (
@@ -124,49 +125,122 @@ def test_failure_in_a_later_turn():
 
 
 class Faulty:
-    """A tenth of the queries fail, one call in ten raises, one in twenty answers one too few."""
+    """A tenth of the queries have a fault each, always the same for a query, at any time.
+
+    Some fail, some raise or bring garbage, some lose an answer of their batch: asked once more on
+    their own, the others of that batch come through. Some hang, and take their batch with them.
+    """
 
     def __init__(self):
-        self.rng, self.lost, self.asked = random.Random(0), 0, 0
+        self.faulty, self.hung = set(), set()
 
     def search(self, queries, k):
-        self.asked += len(queries)
-        kind = self.rng.random()
-        if kind < 0.15:
-            self.lost += len(queries)
-            if kind < 0.1:
-                raise TimeoutError("slow")
+        faults = [self.fault(query) for query in queries]
+        if "hangs" in faults:
+            self.hung |= set(queries)
+            time.sleep(1.0)
+        if "raises" in faults:
+            raise TimeoutError("slow")
+        if "short" in faults:
             return RETRIEVER.search(queries[1:], k)
-        failed = [self.rng.random() < 0.1 for _ in queries]
-        self.lost += sum(failed)
-        documents = (FRANCE, PARIS, BERLIN)[: self.rng.randint(0, 3)]
-        return [RetrievalFailure(reason="x") if f else documents for f in failed]
+        outcomes = {"fails": RetrievalFailure(reason="x"), "garbage": ["text", 3]}
+        documents = (FRANCE, PARIS, BERLIN)
+        fine = [documents[: random.Random(query).randint(0, 3)] for query in queries]
+        return [outcomes.get(fault, d) for fault, d in zip(faults, fine, strict=True)]
+
+    def fault(self, query):
+        rng = random.Random(f"fault of {query}")
+        if rng.random() > 0.1:
+            return ""
+        self.faulty.add(query)
+        kinds = ["fails", "raises", "garbage", "short"]
+        return "hangs" if rng.random() < 0.02 else rng.choice(kinds)
 
 
 def soak_turn(name, sample, turn):
     rng = random.Random(f"{name} {sample} {turn}")
     noise = [rng.randrange(tiny.MODEL.vocab_size - 25) for _ in range(rng.randrange(12))]
-    ends = [ask("Paris"), ask("Paris"), ask("France"), ANSWER, ANSWER, "", "z" * 70]
-    ends += ["<|end_of_query|>", "<|begin_of_query|> x </answer>", "x<answer>y</answer>\n\n"]
+    about = f"{name} {sample} {turn}"
+    ends = [*[ask(about)] * 3, ANSWER, ANSWER, "", "z" * 70, "<|end_of_query|>"]
+    ends += ["<|begin_of_query|> x </answer>", "x<answer>y</answer>\n\n"]
     return [*noise, *TOKENIZER.encode(rng.choice(ends))]
 
 
 def test_soak():
-    """Two hundred episodes with injected faults: all accounted for, every trajectory whole."""
-    names, samples = [f"q{i}" for i in range(40)], 5
-    engine = scripted(soak_turn, names=names, samples=samples, slots=7, chunk=6, context=240)
+    """2,000 episodes, 10 % of their searches faulty: all accounted for, every trajectory whole."""
+    names, samples = [f"q{i}" for i in range(400)], 5
+    engine = scripted(soak_turn, names=names, samples=samples, rows=64, chunk=6, context=240)
     retriever = Faulty()
-    result = run(engine, names=names, samples=samples, retriever=retriever, min_survivors=2)
-    assert len(engine.rows) == 200 and len(set(engine.prefilled)) == len(engine.prefilled) == 40
-    assert result.failed == retriever.lost > 15
+    result = run(
+        engine,
+        names=names,
+        samples=samples,
+        retriever=retriever,
+        min_survivors=2,
+        search_window=0.001,
+        search_timeout=0.3,
+    )
+    assert len(engine.rows) == 2000 and len(set(engine.prefilled)) == len(engine.prefilled) == 400
+    assert result.failed == len(retriever.faulty | retriever.hung) > len(retriever.faulty) > 60
+    assert result.failure
     survivors = [t for g in result.groups for t in g.trajectories]
     assert all(len(g.trajectories) >= 2 for g in result.groups)
-    assert len(result.groups) + result.dropped_groups == 40
-    lone = 200 - result.failed - len(survivors)
+    assert len(result.groups) + result.dropped_groups == 400
+    lone = 2000 - result.failed - len(survivors)
     assert 0 <= lone <= result.dropped_groups
     assert result.sampled_tokens == sum(len(r.sampled) for r in engine.rows.values())
     for t in survivors:
         check(engine, t)
+        assert not any(s.query in retriever.faulty for s in t.searches)
     reasons = {t.stop_reason for t in survivors}
     assert reasons == set(StopReason) - {StopReason.RETRIEVAL_FAILED}
-    assert retriever.asked >= sum(len(t.searches) for t in survivors)
+
+
+class Hostile:
+    """What no retriever should bring: a megabyte of text, every tag, no document, too many."""
+
+    HUGE = Document(id="h", title="Huge", text="word " * 200_000)
+    TAGS = Document(id="t", title="".join(TOKENIZER.control_strings), text="<|end_of_query|>" * 3)
+
+    def __init__(self):
+        self.longest = 0
+
+    def search(self, queries, k):
+        self.longest = max(self.longest, *map(len, queries))
+        kinds = {"huge": [self.HUGE], "tags": [self.TAGS], "none": [], "many": [PARIS] * 5000}
+        return [next((v for n, v in kinds.items() if n in q), [FRANCE]) for q in queries]
+
+
+@pytest.mark.parametrize(
+    "query, reason, documents",
+    [
+        ("huge", StopReason.CONTEXT_FULL, 1),
+        ("tags", StopReason.ANSWER, 1),
+        ("none", StopReason.ANSWER, 0),
+        ("many", StopReason.ANSWER, 2),
+        ("x" * 10_000, StopReason.ANSWER, 1),
+    ],
+    ids=["a megabyte", "tags", "none", "5,000 documents", "a query of 10,000 characters"],
+)
+def test_hostile_answers(query, reason, documents):
+    """Each has its outcome, none is an error; what does not fit ends the episode as it stands."""
+    engine = scripted([ask(query), ANSWER], context=11_000)
+    retriever = Hostile()
+    result = run(engine, retriever=retriever, max_new_tokens=10_500)
+    t = only(result)
+    check(engine, t)
+    assert (t.stop_reason, len(t.searches[0].documents)) == (reason, documents)
+    assert t.searches[0].query == query and retriever.longest == len(query)
+    assert result.failed == 0
+
+
+def test_an_error_of_our_own_leaves_a_clean_engine():
+    """Whatever ends a rollout, the engine has forgotten its episodes: the next one may start."""
+    engine = scripted([ask("Paris"), ANSWER])
+
+    def watch(episode):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, watch=watch)
+    assert engine.was_reset

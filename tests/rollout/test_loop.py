@@ -136,7 +136,7 @@ def test_a_query_full_of_tags_stays_text():
 def test_questions_full_of_tags():
     """Invariant 9: a question makes no control token and no tag in the prompt."""
     text = "".join(TOKENIZER.control_strings)
-    engine = scripted([ANSWER], context=5000, prompt_buckets=(2000,))
+    engine = scripted([ANSWER], context=5000)
     rollout = Rollout(engine, TOKENIZER, tiny.PROMPT, RETRIEVER, RolloutConfig(max_new_tokens=60))
     result = rollout.run(
         [tiny.question("q", text)], samples=1, sampling=SamplingConfig(), call=CALL
@@ -189,47 +189,40 @@ def test_watch_sees_every_text_grow():
 
 def test_prompts_that_do_not_fit():
     """A user's mistake: one line with the question's id, before anything runs."""
-    for changes in ({"prompt_buckets": (30,)}, {"prompt_buckets": (24, 32), "context": 32}):
-        engine = scripted([ANSWER], **changes)
-        rollout = Rollout(engine, TOKENIZER, tiny.PROMPT, RETRIEVER, RolloutConfig())
-        questions = [tiny.question("o"), tiny.question("k-7", "long " * 10)]
-        with pytest.raises(UserError, match=r"^question 'k-7': its prompt has 57 tokens") as e:
-            rollout.run(questions, samples=2, sampling=SamplingConfig(), call=CALL)
-        assert "\n" not in str(e.value) and not engine.prefilled and not engine.chunks
+    engine = scripted([ANSWER], context=57)
+    rollout = Rollout(engine, TOKENIZER, tiny.PROMPT, RETRIEVER, RolloutConfig())
+    questions = [tiny.question("o"), tiny.question("k-7", "long " * 10)]
+    with pytest.raises(UserError, match=r"^question 'k-7': its prompt has 57 tokens") as e:
+        rollout.run(questions, samples=2, sampling=SamplingConfig(), call=CALL)
+    assert "\n" not in str(e.value) and not engine.prefilled and not engine.chunks
 
 
 def test_the_longest_prompt_that_fits():
-    """A bucket holds all but the last token, and the context leaves one to sample."""
+    """The context leaves one token to sample."""
     length = len(tiny.PROMPT.prompt_ids(TOKENIZER, "q"))
-    buckets = (length - 1,)
-    for engine in (
-        {"prompt_buckets": buckets},
-        {"prompt_buckets": (length,), "context": length + 1},
-    ):
-        assert only(run(scripted([ANSWER], **engine))).sampled_count >= 1
+    assert only(run(scripted([ANSWER], context=length + 1))).sampled_count == 1
     with pytest.raises(UserError):
-        run(scripted([ANSWER], prompt_buckets=buckets, context=length))
-    with pytest.raises(UserError):
-        run(scripted([ANSWER], prompt_buckets=(length - 2,)))
+        run(scripted([ANSWER], context=length))
 
 
 def test_nobody_waits():
     """Invariant 6: parked rows do not stop others; a finished row's slot is taken at once.
 
-    One row writes for 12 chunks. The other slot meanwhile plays 6 episodes, one after the
-    other, each of one chunk for a query and one for an answer; the loop needs no chunk more.
+    One row writes for 12 chunks. The other slot meanwhile plays 4 episodes, one after the
+    other: a chunk for a query, one while the query is out, one for an answer.
     """
     query = "<|begin_of_query|>Paris<|end_of_query|>"
     short = [query, "</answer>"]
     assert max(len(TOKENIZER.encode(text)) for text in short) == 15
     engine = scripted(
         lambda name, sample, turn: "z" * 180 if name == "a" else short[turn],
-        names="abcdefg",
-        slots=2,
+        names="abcde",
+        rows=2,
         chunk=15,
+        chunk_seconds=0.03,
     )
-    result = run(engine, names="abcdefg", max_new_tokens=180)
-    assert [len(g.trajectories) for g in result.groups] == [1] * 7
+    result = run(engine, names="abcde", max_new_tokens=180)
+    assert [len(g.trajectories) for g in result.groups] == [1] * 5
     assert engine.chunks == 12
 
 

@@ -34,7 +34,7 @@ def play(
 
 @functools.cache
 def base():
-    """The rollout that the others are compared with: 20 episodes on 4 slots."""
+    """The rollout that the others are compared with: 20 episodes, four at a time."""
     return play(tiny.engine())
 
 
@@ -127,39 +127,25 @@ def test_every_part_of_the_key_matters():
     assert len({t.token_ids_T.tobytes() for t in base().values()}) == len(base())
 
 
-class Counting:
-    """Counts the calls of an engine's jitted program and sums one of its arguments."""
+def test_nothing_is_computed_twice():
+    """Invariant 5: a prompt is written once for its samples, a later turn feeds only its documents.
 
-    def __init__(self, program, argument):
-        self.program, self.argument, self.calls, self.total = program, argument, 0, 0
-
-    def __call__(self, *args):
-        self.calls += 1
-        self.total += int(np.sum(args[self.argument])) if self.argument else 0
-        return self.program(*args)
-
-
-def test_nothing_is_computed_twice(monkeypatch):
-    """Invariant 5: samples share their prompt's prefill; a later turn feeds only its documents.
-
-    5 prompts in programs of 2 rows, in two buckets, make 4 calls; 20 episodes would make 10.
+    All but the last token of a prompt is written; of a block, the last sampled token before it and
+    all but its own last one. 20 episodes of 5 questions would else write their prompts 20 times.
     """
     engine = tiny.engine()
-    prefill = Counting(engine._prefill, None)
-    extend = Counting(engine._extend, 4)
-    monkeypatch.setattr(engine, "_prefill", prefill)
-    monkeypatch.setattr(engine, "_extend", extend)
     got = play(engine)
-    assert prefill.calls == 4
     read = sum(int((t.sources_T == TokenSource.OBSERVATION).sum()) for t in got.values())
-    assert extend.total == read > 500
+    prompts = [tiny.PROMPT.prompt_ids(tiny.tokenizer(), q.text) for q in tiny.QUESTIONS]
+    assert engine.work.extended_tokens == read + sum(len(p) - 1 for p in prompts)
+    assert read > 400
     assert_same(got)
 
 
 @functools.cache
 def other_engine():
     """An engine of other shapes, and what it compiled after its warm-up."""
-    engine = tiny.new_engine(slots=3, chunk=5, prefill_rows=3, extend_rows=1, extend_tokens=40)
+    engine = tiny.new_engine(rows=3, chunk=5, page=8, extend_rows=1, extend_tokens=40)
     engine.warm_up([tiny.SAMPLED, tiny.BANNED])
     counter = CompileCounter()
     sampled = play(engine)
@@ -205,6 +191,6 @@ def test_controls_ban_strings():
 def test_a_mesh_plays_the_same_rollouts():
     """2x2x2 devices: the same keys, log-probs within 1e-5 (invariants 3 and 7 across meshes)."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    got = play(tiny.new_engine(mesh=mesh, prompt_buckets=(32,)))  # one bucket compiles sooner
+    got = play(tiny.new_engine(mesh=mesh))
     assert_teacher_forced(got)
     assert_nearly_same(got)

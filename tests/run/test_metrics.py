@@ -128,6 +128,7 @@ def trajectory(i):
         token_ids_T=np.zeros(2, np.int32),
         sources_T=np.zeros(2, np.int32),
         logprobs_T=np.zeros(2, np.float32),
+        drawn_logprobs_T=np.zeros(2, np.float32),
         segments=(
             Segment(source=TokenSource.SAMPLED, text="look"),
             Segment(source=TokenSource.OBSERVATION, text="Title: Riga"),

@@ -64,15 +64,7 @@ def config(policy):
         policy=PolicyConfig(checkpoint=str(policy), prompt="tiny"),
         world=WorldConfig(train_questions="atlas:train", eval_questions="atlas:eval", eval_limit=8),
         stages=STAGES,
-        engine=EngineConfig(
-            slots=8,
-            chunk=4,
-            context=128,
-            prefill_rows=4,
-            prompt_buckets=(64,),
-            extend_rows=4,
-            extend_tokens=32,
-        ),
+        engine=EngineConfig(rows=8, chunk=4, context=128, extend_rows=4),
         rollout=RolloutConfig(documents=1, max_searches=1, max_new_tokens=12),
         learner=LearnerConfig(
             learning_rate=1e-3,
