@@ -138,7 +138,9 @@ def params():
     return jax.tree.map(jax.numpy.asarray, tree)
 
 
-def new_engine(*, mesh: MeshConfig | None = None, stop_strings=STOP_STRINGS, **changes) -> Engine:
+def new_engine(
+    *, mesh: MeshConfig | None = None, stop_strings=STOP_STRINGS, scale_ids=(), **changes
+) -> Engine:
     """An engine with the policy's weights; `changes` are fields of EngineConfig."""
     engine = Engine(
         MODEL,
@@ -147,6 +149,7 @@ def new_engine(*, mesh: MeshConfig | None = None, stop_strings=STOP_STRINGS, **c
         token_bytes=tokenizer().token_bytes,
         stop_strings=stop_strings,
         eos_ids=tokenizer().eos_ids,
+        scale_ids=scale_ids,
     )
     engine.set_weights(params(), 7)
     return engine

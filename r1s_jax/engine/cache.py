@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from r1s_jax.models.attention import MASKED
 from r1s_jax.models.decoder import DecoderConfig
@@ -47,8 +47,8 @@ def page_shapes(
 def append_attend(
     pages: Pages,
     q_RTHh: Float[Array, "R T H h"],
-    k_RTKh: Float[Array, "R T K h"],
-    v_RTKh: Float[Array, "R T K h"],
+    k_RTKh: Real[Array, "R T K h"],
+    v_RTKh: Real[Array, "R T K h"],
     table_RJ: Int[Array, "R J"],
     starts_R: Int[Array, " R"],
     counts_R: Int[Array, " R"],
@@ -133,15 +133,17 @@ def _attend(
     def body(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, mixed = carry
         here = jax.lax.dynamic_index_in_dim(table_RJ, j, 1, keepdims=False)
-        scores = jnp.einsum("rkqh,rkhp->rkqp", q, keys[here], preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "rkqh,rkhp->rkqp", q, keys[here].astype(q.dtype), preferred_element_type=jnp.float32
+        )
         scores = jnp.where(j * page + jnp.arange(page) <= at, scores, MASKED)
         higher = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.exp(scores - higher[..., None])
         kept = jnp.exp(peak - higher)
         new = jnp.einsum(
             "rkqp,rkph->rkqh",
-            weights.astype(values.dtype),
-            values[here],
+            weights.astype(q.dtype),
+            values[here].astype(q.dtype),
             preferred_element_type=jnp.float32,
         )
         return higher, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + new

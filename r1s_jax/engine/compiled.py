@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from r1s_jax.engine import cache, programs, tpu
+from r1s_jax.engine import cache, programs, quantize, tpu
 from r1s_jax.engine.plan import Plan
 from r1s_jax.engine.state import Chunk, EngineConfig, Rows
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
@@ -24,8 +26,16 @@ class Programs:
     """
 
     def __init__(
-        self, model: DecoderConfig, config: EngineConfig, plan: Plan, mesh: Mesh, dtype: DTypeLike
+        self,
+        model: DecoderConfig,
+        config: EngineConfig,
+        plan: Plan,
+        mesh: Mesh,
+        dtype: DTypeLike,
+        *,
+        expected_length: int | None = None,
     ):
+        """`expected_length`: mean tokens of a live row, for what the kernels say they cost."""
         self.model, self.config, self.plan, self.mesh, self.dtype = model, config, plan, mesh, dtype
         # The same operation with kernels, or with plain array operations.
         self.kv = tpu if mesh.devices.flat[0].platform == "tpu" else cache
@@ -33,20 +43,31 @@ class Programs:
         whole = replicated(mesh)
         pages = tuple(named_sharding(mesh, axes) for axes in self.kv.AXES)
         specs = tuple(partition_spec(axes) for axes in self.kv.AXES)
+        append_attend: programs.AppendAttend = self.kv.append_attend
+        if self.kv is tpu:
+            append_attend = partial(append_attend, expected_length=expected_length)
         layout = programs.Layout(
             model=model,
-            append_attend=over_lanes(self.kv.append_attend, mesh, specs),
+            append_attend=over_lanes(append_attend, mesh, specs),
             pages_per_layer=plan.pages,
             scan=config.scan_layers,
         )
-        self.place = jax.jit(
-            partial(_place, config.scan_layers, model.num_hidden_layers, dtype),
-            out_shardings=self.param_layout(),
+        pieces = self._by_layer(abstract_params(model)[1], partial(named_sharding, mesh))
+        params = self.param_layout()
+        # What is moved in one piece, and what layer by layer.
+        if not config.scan_layers:
+            (one, *_) = pieces.pop("layers")
+            self.place_layer = jax.jit(partial(_round_layer, dtype), out_shardings=one)
+        self.place_pieces = jax.tree.map(
+            lambda s: jax.jit(partial(_round, dtype), out_shardings=s), pieces
+        )
+        self.measure = jax.jit(
+            partial(quantize.measure, model), out_shardings=params.get("cache_scales")
         )
         self.extend = jax.jit(
-            partial(programs.extend, layout),
+            partial(_extend, layout),
             donate_argnums=1,
-            in_shardings=(self.param_layout(), pages, *[self.rows] * 4),
+            in_shardings=(params, pages, *[self.rows] * 4),
             out_shardings=pages,
         )
         self.copy = jax.jit(
@@ -68,29 +89,56 @@ class Programs:
             partial(programs.decode_chunk, layout),
             static_argnums=(0, 1),
             donate_argnums=4,
-            in_shardings=(self.param_layout(), whole, pages, rows, whole),
+            in_shardings=(params, whole, pages, rows, whole),
             out_shardings=(pages, chunk),
         )
 
+    def place(self, params: Params) -> Params:
+        """The learner's parameters, on its mesh, in the engine's dtype and layout.
+
+        A piece at a time: what comes from other devices lands in temporary memory first, so that
+        moving everything at once would hold the engine's copy twice.
+        """
+        rest = {name: params[name] for name in self.place_pieces}
+        placed = jax.tree.map(lambda place, p: place(p), self.place_pieces, rest)
+        if self.config.scan_layers:
+            return placed
+        count = self.model.num_hidden_layers
+        layers = (self.place_layer(params["layers"], np.int32(i)) for i in range(count))
+        return placed | {"layers": tuple(layers)}
+
     def param_layout(self) -> Params:
-        """Shardings of the engine's copy of the weights: stacked layers, or one tree a layer."""
-        _, axes = abstract_params(self.model)
-        return self._by_layer(axes, lambda names: named_sharding(self.mesh, names))
+        """Shardings of what the programs are given as parameters.
+
+        The engine's copy of the weights, its layers stacked or one tree a layer; and the scales of
+        a cache of integers.
+        """
+        layout = self._by_layer(abstract_params(self.model)[1], partial(named_sharding, self.mesh))
+        if self.config.int8_cache:
+            scales = named_sharding(self.mesh, (None, "kv_heads", None))
+            layout |= {"cache_scales": (scales, scales)}
+        return layout
 
     def abstract_params(self) -> Params:
-        """Shapes and layout of the engine's copy of the weights."""
-        shapes, _ = abstract_params(self.model, self.dtype)
-        split = _split(self.config.scan_layers, self.model.num_hidden_layers)
+        """Shapes and layout of what the programs are given as parameters."""
+        model = self.model
+        shapes, _ = abstract_params(model, self.dtype)
+        split = _split(self.config.scan_layers, model.num_hidden_layers)
+        params = jax.eval_shape(split, shapes)
+        if self.config.int8_cache:
+            shape = (model.num_hidden_layers, model.num_key_value_heads, model.head_dim)
+            params |= {"cache_scales": (jax.ShapeDtypeStruct(shape, jnp.float32),) * 2}
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(split, shapes),
+            params,
             self.param_layout(),
         )
 
     def abstract_pages(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pool of all lanes."""
+        dtype = jnp.int8 if self.config.int8_cache else self.dtype
         tensor = self.mesh.shape["tensor"]
-        one = self.kv.page_shapes(self.model, self.plan.pages, self.config.page, self.dtype, tensor)
+        one = self.kv.page_shapes(self.model, self.plan.pages, self.config.page, dtype, tensor)
         return tuple(
             jax.ShapeDtypeStruct(
                 (self.plan.lanes * s.shape[0], *s.shape[1:]),
@@ -132,9 +180,21 @@ def _split(stacked: bool, layers: int) -> Any:
     )
 
 
-def _place(stacked: bool, layers: int, dtype: DTypeLike, params: Params) -> Params:
-    # Rounded first: what travels between devices is the smaller type.
-    return _split(stacked, layers)(jax.tree.map(lambda p: p.astype(dtype), params))
+def _round(dtype: DTypeLike, param: Array) -> Array:
+    # Before anything travels between devices: the smaller type does.
+    return param.astype(dtype)
+
+
+def _round_layer(dtype: DTypeLike, layers: Params, i: Array) -> Params:
+    return {
+        name: _round(dtype, jax.lax.dynamic_index_in_dim(p, i, keepdims=False))
+        for name, p in layers.items()
+    }
+
+
+def _extend(layout: programs.Layout, *arguments: Any) -> cache.Pages:
+    # XLA for TPUs fails where a kernel's result in a chosen memory is the program's own.
+    return jax.lax.optimization_barrier(programs.extend(layout, *arguments))
 
 
 def over_lanes(

@@ -24,10 +24,8 @@ from r1s_jax.models.decoder import DecoderConfig, Params
 from r1s_jax.sharding import check_divisible, lane_mesh, replicated
 from r1s_jax.types import UserError
 
-# Calls of `extend` between two chunks while rows are decoding: a long document block stalls
-# them no longer than that.
-EXTENDS_PER_CHUNK = 4
-# A chunk ends early once so many rows (one part in so many) stopped and others could take over.
+# A chunk ends early once one row in so many has stopped and others could take over; twice as many
+# are kept ready beside those that decode.
 LEAVING = 8
 
 
@@ -92,8 +90,11 @@ class Engine:
         eos_ids: Sequence[int],
         dtype: Any = jnp.float32,
         reserved_bytes: int = 0,
+        scale_ids: Sequence[int] = (),
     ):
         """`reserved_bytes`: what the learner keeps on every device beside the engine.
+
+        `scale_ids`: tokens of a typical text, on which a cache of integers is scaled.
 
         Raises UserError where the shapes do not fit each other or the memory.
         """
@@ -111,13 +112,18 @@ class Engine:
         check_divisible(mesh, "engine.extend_rows", (config.extend_rows,), ("rows",))
         heads = model.num_key_value_heads
         check_divisible(mesh, "num_key_value_heads", (heads,), ("kv_heads",))
+        if config.int8_cache and not scale_ids:
+            raise ValueError("engine.int8_cache needs a text to be scaled on: scale_ids")
         self.model, self.config, self.mesh = model, config, mesh
+        self._scale_ids = np.array(scale_ids, np.int32)
+        mebibytes = device_memory(mesh.local_devices[0]) >> 20
+        # Shapes follow from it, so all hosts take the least of theirs.
         self.plan = plan_memory(
             model,
             config,
             mesh,
             dtype,
-            limit_bytes=device_memory(mesh.local_devices[0]),
+            limit_bytes=int(self._all_hosts((mebibytes,)).min()) << 20,
             reserved_bytes=reserved_bytes,
         )
         self.weights_version = -1
@@ -182,21 +188,20 @@ class Engine:
         """
         lanes, rows = self._lanes, self.plan.rows
         copies = [lane.copies() for lane in lanes]
-        ready = [len(lane.ready()) for lane in lanes]
         chosen = [lane.decoding(rows, self.config.chunk) for lane in lanes]
         here = (
             max(len(pairs) for pairs in copies),
             sum(len(slots) for slots in chosen),
-            sum(max(r - rows, 0) for r in ready),
-            max(map(self._extends_wanted, lanes, ready)),
+            sum(lane.residents for lane in lanes),
+            max(map(self._extends_wanted, lanes, chosen)),
             int(busy),
         )
         table = self._all_hosts(here)
         for first in range(0, int(table[:, 0].max()), rows):
             self._run_copy([pairs[first : first + rows] for pairs in copies])
-        active, others = int(table[:, 1].sum()), int(table[:, 2].sum())
-        # Rows that stop are replaced sooner if somebody waits for their place.
-        leave = active - max(1, active // LEAVING) if others else 0
+        active, residents = int(table[:, 1].sum()), int(table[:, 2].sum())
+        # Rows that stop are replaced sooner if somebody may take their place.
+        leave = active - max(1, active // LEAVING) if residents > active else 0
         chunk = self._run_decode(sampling, chosen, leave) if active else None
         extended = int(table[:, 3].max())
         for _ in range(extended):
@@ -240,24 +245,35 @@ class Engine:
         if not self.idle:
             raise ValueError("new weights while episodes are in the cache: drain them first")
         self._params = None  # the old copy goes before the new one comes
-        self._params = self._programs.place(params)
+        placed = self._programs.place(params)
+        if self.config.int8_cache:
+            placed |= {"cache_scales": self._programs.measure(placed, self._scale_ids)}
+        self._params = placed
         self.weights_version = version
 
     def warm_up(self, samplings: Sequence[SamplingConfig]) -> None:
         """Compiles every program, so that steady state compiles nothing."""
+        self._all_hosts((0,) * 5)  # as in `decode_chunk`
         self._run_copy([[] for _ in self._lanes])
         self._run_extend()
         for sampling in samplings:
             self._read(self._run_decode(sampling, [[] for _ in self._lanes], 0), [])
 
-    def _extends_wanted(self, lane: Lane, ready: int) -> int:
-        """Calls of `extend` this lane would like: enough for full rows, else only full calls."""
+    def _extends_wanted(self, lane: Lane, chosen: Sequence[Slot]) -> int:
+        """Calls of `extend` this lane would like before the next chunk.
+
+        The fewer rows are ready the more, so that a long document does not stall those that
+        decode; only full calls while no row is empty.
+        """
         rows, width = self.plan.rows, self.config.extend_tokens
-        target = rows + rows // LEAVING
-        if ready >= target:
-            return int(lane.blocks_queued(width) >= self.plan.extend_rows)
-        calls = -(-lane.blocks_wanted(target - ready, width) // self.plan.extend_rows)
-        return min(calls, EXTENDS_PER_CHUNK) if ready else calls
+        # Where too few are chosen, the others have no pages: they cannot decode either.
+        ready = len(lane.ready()) if len(chosen) == rows else len(chosen)
+        missing = rows + 2 * rows // LEAVING - ready
+        full_calls = lane.blocks_queued(width) // self.plan.extend_rows
+        if ready >= rows:
+            return min(full_calls, max(1, missing))
+        calls = -(-lane.blocks_wanted(missing, width) // self.plan.extend_rows)
+        return min(calls, missing) if ready else calls
 
     def _run_copy(self, pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
         numbers = np.zeros((len(self._lanes), self.plan.rows, 2), np.int32)

@@ -4,7 +4,9 @@ All of it is bookkeeping on the host. A sequence (a prompt, or an episode in its
 and a length; what is to be written waits in its queue until its turn in an `extend` call comes.
 Pages are taken when they are needed, not when an episode starts. So that the lane never ends with
 everybody waiting for pages, one is given only if afterwards some order is left in which all
-episodes can fill their contexts and finish (the banker's algorithm, Dijkstra 1965).
+episodes can fill their contexts and finish (the banker's algorithm, Dijkstra 1965). Alone this
+would let in so many that in the end one after the other goes on while all hold pages; so no more
+come in than would fit if each became as long as the last ones did.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 TRASH = 0
+# The length of episodes to come is a mean over about so many finished ones.
+_REMEMBERED = 32
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -66,6 +70,7 @@ class Lane:
         if pages < pages_per_episode + 3:
             raise ValueError(f"{pages} pages cannot hold an episode of {pages_per_episode}")
         self._page, self._limit = page, pages_per_episode
+        self._pages, self._typical = pages, float(pages_per_episode)
         self._free = list(range(pages - 1, TRASH, -1))
         self._users: Counter[int] = Counter()
         # Full pages of prompts by what they hold: (the page before, its tokens); and back.
@@ -84,6 +89,10 @@ class Lane:
         return self._slots.count(None)
 
     @property
+    def residents(self) -> int:
+        return len(self._slots) - self.free_slots
+
+    @property
     def idle(self) -> bool:
         """Nothing lives here: every page and slot is free."""
         return not self._users and all(s is None for s in self._slots)
@@ -98,7 +107,8 @@ class Lane:
     def prefill(self, tokens: Sequence[int]) -> Prompt | None:
         """Queues a prompt for writing; pages that another prompt begins with are shared.
 
-        None if it has to wait: for the prompt before it to be dropped, for a slot or for pages.
+        None if it has to wait: for the prompt before it to be dropped, for a slot or for pages; or
+        all it writes is shared, and still queued for another.
         """
         if self.open or not self.free_slots:
             return None
@@ -113,6 +123,11 @@ class Lane:
             if known is None:
                 break
             shared.append(known)
+        start = len(shared[1:]) * self._page
+        if start == len(written) and any(
+            isinstance(s, Prompt) and shared[-1] in s.pages for s in self._queued
+        ):
+            return None  # with nothing in the queue its samples would not wait for the pages
         wanted = -(-len(written) // self._page) - len(shared[1:])
         if not self._safe(wanted):
             return None
@@ -121,7 +136,6 @@ class Lane:
         for index in range(len(shared), len(full) + 1):
             self._content[pages[index]] = content = (pages[index - 1], full[index - 1])
             self._known[content] = pages[index]
-        start = len(shared[1:]) * self._page
         prompt = Prompt(pages=pages[1:], length=start, queue=written[start:], pending=tokens[-1])
         if prompt.queue:
             self._queued.append(prompt)
@@ -133,7 +147,8 @@ class Lane:
 
         Full pages of the prompt are shared; the last, where the sample will write, is copied.
         """
-        if not self.free_slots:
+        live = self.residents
+        if not self.free_slots or (live and (live + 1) * self._typical > self._pages):
             return None
         length = prompt.length + len(prompt.queue)
         full, own = length // self._page, int(length % self._page > 0)
@@ -175,6 +190,7 @@ class Lane:
         """The episode is over."""
         if slot.queue or slot.prompt:
             raise ValueError(f"slot {slot.index} was released while something is to be written")
+        self._typical += (len(slot.pages) - self._typical) / _REMEMBERED
         self._release(slot.pages)
         self._slots[slot.index] = None
 
@@ -186,17 +202,26 @@ class Lane:
         return sorted(found, key=lambda s: s.serial)
 
     def blocks_wanted(self, rows: int, width: int) -> int:
-        """Blocks to write so that `rows` more slots can decode, or until nothing is queued."""
+        """Blocks to write so that `rows` more slots can decode, or until nothing is queued.
+
+        What has to wait for pages does not count: nothing could be written.
+        """
         blocks = 0
         for sequence in self._queued:
             if rows <= 0:
                 break
-            blocks += -(-len(sequence.queue) // width)
-            rows -= 1 if isinstance(sequence, Slot) else self._samples(sequence)
+            if self._fits(sequence, sequence.length + len(sequence.queue)):
+                blocks += -(-len(sequence.queue) // width)
+                rows -= 1 if isinstance(sequence, Slot) else self._samples(sequence)
         return blocks
 
     def blocks_queued(self, width: int) -> int:
-        return sum(-(-len(s.queue) // width) for s in self._queued)
+        """Blocks that have, or could be given, pages."""
+        return sum(
+            -(-len(s.queue) // width)
+            for s in self._queued
+            if self._fits(s, s.length + len(s.queue))
+        )
 
     def blocks(self, count: int, width: int) -> list[Block]:
         """Takes up to `count` blocks of at most `width` tokens off the queue, in order."""
@@ -248,13 +273,16 @@ class Lane:
     def _samples(self, prompt: Tokens) -> int:
         return sum(s is not None and s.prompt is prompt for s in self._slots)
 
+    def _fits(self, sequence: Tokens, length: int) -> bool:
+        """Whether there is room for `length` tokens, or pages for it can be had now."""
+        missing = -(-length // self._page) - len(sequence.pages)
+        return missing <= 0 or self._safe(missing, sequence)
+
     def _grow(self, sequence: Tokens, length: int) -> bool:
         """Makes room for `length` tokens; False if the pages have to wait."""
-        missing = -(-length // self._page) - len(sequence.pages)
-        if missing > 0:
-            if not self._safe(missing, sequence):
-                return False
-            sequence.pages += self._take(missing)
+        if not self._fits(sequence, length):
+            return False
+        sequence.pages += self._take(-(-length // self._page) - len(sequence.pages))
         return True
 
     def _safe(

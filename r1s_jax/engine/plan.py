@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -71,7 +72,9 @@ def plan_memory(
     kv = tpu if mesh.devices.flat[0].platform == "tpu" else cache
     one = sum(
         int(np.prod(s.shape)) * s.dtype.itemsize
-        for s in kv.page_shapes(model, 1, config.page, dtype, tensor)
+        for s in kv.page_shapes(
+            model, 1, config.page, jnp.int8 if config.int8_cache else dtype, tensor
+        )
     )
     page_bytes = one // tensor
     # Logits and what sampling makes of them; the widest activations of an extend call.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
+from r1s_jax.engine import quantize
 from r1s_jax.engine.cache import Pages
 from r1s_jax.engine.sampling import SamplingConfig, sample
 from r1s_jax.engine.state import Chunk, Rows
@@ -63,12 +64,19 @@ class Layout:
     pages_per_layer: int  # of one lane, the trash included
     scan: bool
 
-    def attend(self, table_RJ: Array, starts_R: Array, counts_R: Array):
-        """The decoder's `attend` callback: the layer's part of the pool is all it adds."""
+    def attend(self, params: Params, table_RJ: Array, starts_R: Array, counts_R: Array):
+        """The decoder's `attend` callback: the layer's part of the pool, and its scales if any."""
+        scales = params.get("cache_scales")
 
         def attend(layer: Any, pages: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             table = table_RJ + layer * self.pages_per_layer
-            return self.append_attend(pages, q, k, v, table, starts_R, counts_R)
+            if scales is None:
+                return self.append_attend(pages, q, k, v, table, starts_R, counts_R)
+            k_scale, v_scale = (scale[layer] for scale in scales)
+            q = quantize.scaled(q, k_scale)
+            k, v = quantize.rounded(k, k_scale), quantize.rounded(v, v_scale)
+            mixed, pages = self.append_attend(pages, q, k, v, table, starts_R, counts_R)
+            return quantize.scaled(mixed, v_scale), pages
 
         return attend
 
@@ -87,7 +95,7 @@ def extend(
     A prompt is a sequence that begins at 0. A count of 0 is padding.
     """
     positions = starts_R[:, None] + jnp.arange(tokens_RT.shape[1])
-    attend = layout.attend(table_RJ, starts_R, counts_R)
+    attend = layout.attend(params, table_RJ, starts_R, counts_R)
     _, pages = hidden_states(
         layout.model, params, tokens_RT, positions, attend, pages, scan=layout.scan
     )
@@ -110,7 +118,7 @@ def decode_chunk(
     def step(carry):
         c, pages, live, pending, stop_state, ban_state, budget, chunk = carry
         positions = rows.lengths_R + c
-        attend = layout.attend(rows.table_RJ, positions, live.astype(jnp.int32))
+        attend = layout.attend(params, rows.table_RJ, positions, live.astype(jnp.int32))
         hidden, pages = hidden_states(
             layout.model,
             params,

@@ -24,6 +24,7 @@ class EngineConfig:
     page: int = 64  # tokens of one page of the cache
     extend_rows: int = 8  # prompts and documents are written in blocks, so many at a time
     extend_tokens: int = 32  # tokens of a block
+    int8_cache: bool = False  # 8 bits a number, half of bfloat16's memory and a little noise
     tensor: int | None = None  # devices that share one copy of the weights; the mesh's, if None
     scan_layers: bool = False  # compile one layer, not all; slower on CPUs, where it copies weights
 

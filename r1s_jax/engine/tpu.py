@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from r1s_jax.models.decoder import DecoderConfig
 
@@ -58,30 +58,32 @@ def page_shape(
 ) -> tuple[int, int, int]:
     """The global shape [P, C, w] of one page whose heads are split over `tensor` devices.
 
-    Each device holds its heads padded to 1, 2, 4 or a multiple of 8 and `head_dim` padded to a
-    multiple of 128; the padding is zeros. Raises ValueError where heads do not split evenly, or
-    the type is neither bfloat16 nor float32.
+    Each device holds its heads padded to 1 (2 of int8), 2, 4 or a multiple of 8 and `head_dim`
+    padded to a multiple of 128; the padding is zeros. Raises ValueError where heads do not split
+    evenly, or the type is none of bfloat16, float32 and int8.
     """
     if kv_heads % tensor:
         raise ValueError(f"{kv_heads} key/value heads cannot be split over {tensor} devices")
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"pages of {jnp.dtype(dtype)}: the kernel takes bfloat16 and float32")
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.int8):
+        raise ValueError(f"pages of {jnp.dtype(dtype)}: the kernel takes bfloat16, float32, int8")
     heads = kv_heads // tensor
     padded = -(-heads // 8) * 8 if heads > 4 else 1 << (heads - 1).bit_length()
+    if jnp.dtype(dtype) == jnp.int8:  # four to a word
+        padded = max(padded, 2)
     return page, 2 * padded * tensor, -(-head_dim // LANES) * LANES
 
 
 def append_attend(
-    pages: tuple[Float[Array, "N P C w"]],
+    pages: tuple[Real[Array, "N P C w"]],
     q_RTHh: Float[Array, "R T H h"],
-    k_RTKh: Float[Array, "R T K h"],
-    v_RTKh: Float[Array, "R T K h"],
+    k_RTKh: Real[Array, "R T K h"],
+    v_RTKh: Real[Array, "R T K h"],
     table_RJ: Int[Array, "R J"],
     starts_R: Int[Array, " R"],
     counts_R: Int[Array, " R"],
     *,
     expected_length: int | None = None,
-) -> tuple[Float[Array, "R T H h"], tuple[Float[Array, "N P C w"]]]:
+) -> tuple[Float[Array, "R T H h"], tuple[Real[Array, "N P C w"]]]:
     """Writes the blocks' keys and values to their pages, then lets every query look back.
 
     Block r holds tokens starts_R[r] .. starts_R[r] + counts_R[r] - 1 of the sequence whose pages
@@ -119,6 +121,9 @@ def append_attend(
     attend = functools.partial(
         ragged_paged_attention,
         sm_scale=width**-0.5,
+        # Integers are read as they are; the scales of their channels are not the kernel's matter.
+        k_scale=1.0 if pool.dtype == jnp.int8 else None,
+        v_scale=1.0 if pool.dtype == jnp.int8 else None,
         num_kv_pages_per_block=block // page,
         num_queries_per_block=queries,
         vmem_limit_bytes=VMEM_BYTES,
@@ -140,12 +145,12 @@ def append_attend(
 
 
 def append(
-    pages: Float[Array, "N P C w"],
-    new: Float[Array, "R T C w"],
+    pages: Real[Array, "N P C w"],
+    new: Real[Array, "R T C w"],
     table_RJ: Int[Array, "R J"],
     starts_R: Int[Array, " R"],
     counts_R: Int[Array, " R"],
-) -> Float[Array, "N P C w"]:
+) -> Real[Array, "N P C w"]:
     """Writes the first counts_R[r] tokens of each block into its pages, in place."""
     page = pages.shape[1]
     kernel = functools.partial(_append_kernel, spans=(new.shape[1] + page - 2) // page + 1)
@@ -278,7 +283,7 @@ def _check(pages: Array, q_RTHh: Array, k_RTKh: Array) -> None:
     heads, kv_heads, width = q_RTHh.shape[2], k_RTKh.shape[2], k_RTKh.shape[3]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
-    if not pages.dtype == q_RTHh.dtype == k_RTKh.dtype:
+    if pages.dtype != k_RTKh.dtype or pages.dtype not in (q_RTHh.dtype, jnp.int8):
         raise ValueError(f"pages are {pages.dtype}, queries {q_RTHh.dtype}, keys {k_RTKh.dtype}")
     wanted = page_shape(kv_heads, width, pages.dtype, 1, page)
     if (page, combined, lanes) != wanted:

@@ -11,17 +11,31 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+# Everything travels in pieces of one size, so that there is one program, whatever is sent.
+_PIECE = 1 << 18
+_HEADER = 8  # bytes of the length that comes first
+
 
 def from_all_hosts(mine: T) -> list[T]:
     """Every host's object, in the order of the hosts; all of them have to call this together.
 
-    The objects are plain data of this package, sent between processes of one run.
+    The objects are plain data of this package, sent between processes of one run. Compiles at the
+    first call only.
     """
     if jax.process_count() == 1:
         return [mine]
-    sent = np.frombuffer(pickle.dumps(mine), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int64(sent.size)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: sent.size] = sent
-    everything = np.asarray(multihost_utils.process_allgather(padded))
-    return [pickle.loads(row[:n].tobytes()) for row, n in zip(everything, sizes, strict=True)]
+    text = pickle.dumps(mine)
+    sent = len(text).to_bytes(_HEADER, "big") + text
+    pieces = [_gather(sent[:_PIECE])]
+    lengths = [int.from_bytes(row[:_HEADER].tobytes(), "big") for row in pieces[0]]
+    for start in range(_PIECE, _HEADER + max(lengths), _PIECE):
+        pieces.append(_gather(sent[start : start + _PIECE]))
+    received = np.concatenate(pieces, axis=1)[:, _HEADER:]
+    return [pickle.loads(row[:n].tobytes()) for row, n in zip(received, lengths, strict=True)]
+
+
+def _gather(piece: bytes) -> np.ndarray:
+    """[hosts, _PIECE] bytes."""
+    padded = np.zeros(_PIECE, np.uint8)
+    padded[: len(piece)] = np.frombuffer(piece, np.uint8)
+    return np.asarray(multihost_utils.process_allgather(padded))

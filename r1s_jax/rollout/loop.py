@@ -83,6 +83,7 @@ class Rollout:
             max_new_tokens=config.max_new_tokens,
             context=engine.config.context,
         )
+        from_all_hosts(None)  # compiles what `run` ends with
 
     def run(
         self,

@@ -22,6 +22,7 @@ from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.retrieval.pool import SearchPool
 from r1s_jax.rollout.episode import Need
+from r1s_jax.rollout.hosts import from_all_hosts
 from r1s_jax.types import Document, RetrievalFailure
 
 # With several hosts, the longest time in seconds that one waits for its own queries only.
@@ -182,8 +183,7 @@ class _Play(Generic[P]):
             self.engine.release(slot)
 
     def pause(self) -> None:
-        """No row can decode: waits for a search."""
-        if self.pool.pending:
-            self.pool.wait(_HOST_WAIT if jax.process_count() > 1 else None)
-        elif jax.process_count() == 1:
+        """No row can decode: waits for a search. All hosts come here together."""
+        if not any(from_all_hosts(self.pool.pending)):
             raise RuntimeError("no episode can go on, and none waits for a search")
+        self.pool.wait(_HOST_WAIT if jax.process_count() > 1 else None)

@@ -16,6 +16,7 @@ from r1s_jax.engine.engine import Engine
 from r1s_jax.engine.plan import weight_bytes
 from r1s_jax.models import hf, hub
 from r1s_jax.models.decoder import DecoderConfig
+from r1s_jax.protocol.observation import render_documents
 from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt, Prompt, tiny_prompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.embed import TfidfSvdEmbedder
@@ -65,6 +66,7 @@ def build_parts(
         eos_ids=tokenizer.eos_ids,
         dtype=jnp.dtype(config.dtype),
         # Parameters and two moments of the learner.
+        scale_ids=_typical_ids(checked, index),
         reserved_bytes=3 * weight_bytes(checked.model, mesh, jnp.float32) if training else 0,
     )
     return Parts(
@@ -78,6 +80,12 @@ def build_parts(
         index=index,
         engine=engine,
     )
+
+
+def _typical_ids(checked: Checked, index: DenseIndex) -> list[int]:
+    """A prompt and some passages: what the cache will hold, for the scales of its integers."""
+    passages = render_documents(index.documents[:3], checked.tokenizer.control_strings)
+    return [*checked.prompt.prompt_ids(checked.tokenizer, ""), *checked.tokenizer.encode(passages)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
