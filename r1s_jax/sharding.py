@@ -7,9 +7,7 @@ Parameters name logical axes once, where they are declared; everything that need
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -123,17 +121,3 @@ def check_divisible(
                 f"mesh: {name} has {size} along '{axis}', not divisible by "
                 f"{shards} devices ({names})"
             )
-
-
-def reshard(tree: Any, shardings: Any) -> Any:
-    """Moves a pytree of arrays to another layout (tree of NamedShardings) in one jitted identity.
-
-    The program is kept, so that moving the same tree again compiles nothing.
-    """
-    leaves, form = jax.tree.flatten(shardings)
-    return _identity(tuple(leaves), form)(tree)
-
-
-@functools.lru_cache(maxsize=32)
-def _identity(leaves: tuple[NamedSharding, ...], form: Any) -> Any:
-    return jax.jit(lambda t: t, out_shardings=jax.tree.unflatten(form, leaves))

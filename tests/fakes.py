@@ -86,7 +86,7 @@ class ScriptedEngine(Engine):
         self.config, self.weights_version = config, weights_version
         self.rows: dict[tuple[str, int], ScriptedRow] = {}
         self.prefilled: list[tuple[int, ...]] = []
-        self.chunks, self.was_reset, self.work = 0, False, Work()
+        self.chunks, self.was_reset, self._work = 0, False, Work()
         self._script, self._tokenizer, self._seconds = script, tokenizer, chunk_seconds
         self._stops = [s.encode() for s in stop_strings]
         self._names: dict[bytes, tuple[str, int]] = {}
@@ -139,16 +139,18 @@ class ScriptedEngine(Engine):
         assert self._open and prompt == len(self.prefilled) - 1
         self._open = False
 
-    def decode_chunk(self, sampling: SamplingConfig, *, busy: bool = True) -> Step:
+    def decode_chunk(
+        self, sampling: SamplingConfig, *, busy: bool = True, searching: bool = False
+    ) -> Step:
         if not busy:
-            return Step(written=(), steps=0, extended=0, busy=False)
+            return Step(written=(), steps=0, extended=0, busy=False, searching=searching)
         written = [self._write(i, row) for i, row in enumerate(self._slots) if row and row.live]
         self.chunks += bool(written)
         time.sleep(self._seconds)
-        self.work.sampled_tokens += sum(len(w.tokens) for w in written)
+        self._work.sampled_tokens += sum(len(w.tokens) for w in written)
         steps = self.config.chunk if written else 0
-        self.work.row_steps += steps * self.config.rows
-        return Step(written=tuple(written), steps=steps, extended=0, busy=True)
+        self._work.row_steps += steps * self.config.rows
+        return Step(written=tuple(written), steps=steps, extended=0, busy=True, searching=searching)
 
     def extend(self, slot: int, tokens: Sequence[int], *, budget: int) -> None:
         row = self._slots[slot]

@@ -1,21 +1,15 @@
 """The rule table, its collisions, and the checks at the boundary of the mesh."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from r1s_jax import sharding
-from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.sharding import (
     MeshConfig,
     check_divisible,
     make_mesh,
-    named_sharding,
     partition_spec,
-    replicated,
-    reshard,
 )
 from r1s_jax.types import UserError
 from tests import tiny
@@ -78,21 +72,6 @@ def test_check_divisible():
         check_divisible(mesh, "w", (7, 4), ("vocab", "embed"))
     with pytest.raises(UserError, match=r"slots has 6 along 'rows', not divisible by 4"):
         check_divisible(mesh, "slots", (6,), ("rows",))
-
-
-def test_reshard_moves_and_compiles_once():
-    """Bug: every call compiled its identity anew, though nothing may compile after warm-up."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    tree = {"w": jnp.arange(32.0).reshape(4, 8), "n": jnp.ones(3)}
-    layout = {"w": named_sharding(mesh, ("vocab", "embed")), "n": replicated(mesh)}
-    moved = reshard(tree, layout)
-    counter = CompileCounter()
-    again = reshard(tree, dict(layout))
-    counter.close()
-    assert counter.count == 0
-    for name in tree:
-        np.testing.assert_array_equal(again[name], tree[name])
-        assert moved[name].sharding.is_equivalent_to(layout[name], tree[name].ndim)
 
 
 def test_engine_refuses_a_mesh_that_does_not_divide():

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from r1s_jax.engine.automaton import StopAutomaton
 from r1s_jax.engine.compiled import Programs
 from r1s_jax.engine.lane import Lane, Prompt, Slot
+from r1s_jax.engine.packing import pack_blocks, pack_copies, pack_rows
 from r1s_jax.engine.plan import device_memory, plan_memory
 from r1s_jax.engine.programs import Stop, StopTables
 from r1s_jax.engine.sampling import SamplingConfig
-from r1s_jax.engine.state import Chunk, EngineConfig, Rows
+from r1s_jax.engine.state import Chunk, EngineConfig
 from r1s_jax.models.decoder import DecoderConfig, Params
 from r1s_jax.sharding import check_divisible, lane_mesh, replicated
 from r1s_jax.types import UserError
@@ -52,18 +53,20 @@ class Written:
 class Step:
     """What a call of `decode_chunk` did.
 
-    steps: decode steps; extended: calls of `extend`. busy: whether any host still has episodes.
+    steps: decode steps; extended: calls of `extend`. busy, searching: whether any host still has
+    episodes, or queries that are out.
     """
 
     written: tuple[Written, ...]
     steps: int
     extended: int
     busy: bool
+    searching: bool
 
 
 @dataclasses.dataclass(kw_only=True)
 class Work:
-    """What was done since the last reset, by this host's lanes."""
+    """What this host's lanes did since `take_work` was called last."""
 
     sampled_tokens: int = 0
     row_steps: int = 0  # rows times decode steps, empty rows included
@@ -127,7 +130,7 @@ class Engine:
             reserved_bytes=reserved_bytes,
         )
         self.weights_version = -1
-        self.work = Work()
+        self._work = Work()
         # An end of sequence is no text: a ban on `<|` must not reach `<|im_end|>`.
         ends = set(eos_ids)
         self._free_bytes = [b"" if i in ends else b for i, b in enumerate(token_bytes)]
@@ -179,12 +182,14 @@ class Engine:
         """Frees a prompt of which all samples are started."""
         self._lanes[prompt.lane].drop(prompt.prompt)
 
-    def decode_chunk(self, sampling: SamplingConfig, *, busy: bool = True) -> Step:
+    def decode_chunk(
+        self, sampling: SamplingConfig, *, busy: bool = True, searching: bool = False
+    ) -> Step:
         """Decodes up to `chunk` tokens for every row, then writes what is queued, while the host
         already reads the tokens.
 
-        `busy`: this host has episodes left. What runs follows from one row of numbers per host,
-        so it is the same everywhere.
+        `busy`: this host has episodes left; `searching`: some of them wait for documents. What
+        runs follows from one row of numbers per host, so it is the same everywhere.
         """
         lanes, rows = self._lanes, self.plan.rows
         copies = [lane.copies() for lane in lanes]
@@ -195,6 +200,7 @@ class Engine:
             sum(lane.residents for lane in lanes),
             max(map(self._extends_wanted, lanes, chosen)),
             int(busy),
+            int(searching),
         )
         table = self._all_hosts(here)
         for first in range(0, int(table[:, 0].max()), rows):
@@ -207,7 +213,13 @@ class Engine:
         for _ in range(extended):
             self._run_extend()
         written, steps = ((), 0) if chunk is None else self._read(chunk, chosen)
-        return Step(written=written, steps=steps, extended=extended, busy=bool(table[:, 4].any()))
+        return Step(
+            written=written,
+            steps=steps,
+            extended=extended,
+            busy=bool(table[:, 4].any()),
+            searching=bool(table[:, 5].any()),
+        )
 
     # ------------------------------------------------------------------------------- the rest
 
@@ -224,8 +236,20 @@ class Engine:
         """Every slot and page of this host is free."""
         return all(lane.idle for lane in self._lanes)
 
+    @property
+    def work(self) -> Work:
+        """What was done since `take_work` was called last."""
+        return dataclasses.replace(self._work)
+
+    def take_work(self) -> Work:
+        """What was done since this was called last."""
+        done, self._work = self._work, Work()
+        return done
+
     def reset(self) -> None:
         """Forgets every episode, for a caller who could not play his to their end."""
+        if any(pool.is_deleted() for pool in self._pages):  # a program was interrupted
+            self._pages = self._programs.empty_pages()
         owners = [lane[0].process_index for lane in self.mesh.devices.reshape(self.plan.lanes, -1)]
         self._lanes = [
             Lane(
@@ -253,7 +277,7 @@ class Engine:
 
     def warm_up(self, samplings: Sequence[SamplingConfig]) -> None:
         """Compiles every program, so that steady state compiles nothing."""
-        self._all_hosts((0,) * 5)  # as in `decode_chunk`
+        self._all_hosts((0,) * 6)  # as in `decode_chunk`
         self._run_copy([[] for _ in self._lanes])
         self._run_extend()
         for sampling in samplings:
@@ -276,53 +300,23 @@ class Engine:
         return min(calls, missing) if ready else calls
 
     def _run_copy(self, pairs: Sequence[Sequence[tuple[int, int]]]) -> None:
-        numbers = np.zeros((len(self._lanes), self.plan.rows, 2), np.int32)
-        for lane, of_lane in enumerate(pairs):
-            if of_lane:
-                numbers[lane, : len(of_lane)] = of_lane
-        sources, targets = np.moveaxis(numbers.reshape(-1, 2), 1, 0)
-        self._pages = self._programs.copy(self._pages, self._put(sources), self._put(targets))
+        copies = map(self._put, pack_copies(pairs, self.plan.rows))
+        self._pages = self._programs.copy(self._pages, *copies)
 
     def _run_extend(self) -> None:
         count, width = self.plan.extend_rows, self.config.extend_tokens
-        total = len(self._lanes) * count
-        tokens = np.zeros((total, width), np.int32)
-        table = np.zeros((total, self.plan.pages_per_episode), np.int32)
-        starts, counts = np.zeros(total, np.int32), np.zeros(total, np.int32)
-        for index, lane in enumerate(self._lanes):
-            for row, block in enumerate(lane.blocks(count, width), start=index * count):
-                tokens[row, : len(block.tokens)] = block.tokens
-                table[row, : len(block.pages)] = block.pages
-                starts[row], counts[row] = block.start, len(block.tokens)
-        self.work.extended_tokens += int(counts.sum())
-        self.work.extended_places += tokens.size
-        inputs = map(self._put, (tokens, table, starts, counts))
-        self._pages = self._programs.extend(self._weights, self._pages, *inputs)
+        blocks = [lane.blocks(count, width) for lane in self._lanes]
+        packed = pack_blocks(blocks, count, width, self.plan.pages_per_episode)
+        tokens, _, _, counts = packed
+        self._work.extended_tokens += int(counts.sum())
+        self._work.extended_places += tokens.size
+        self._pages = self._programs.extend(self._weights, self._pages, *map(self._put, packed))
 
     def _run_decode(
         self, sampling: SamplingConfig, chosen: Sequence[Sequence[Slot]], leave: int
     ) -> Chunk:
-        total = len(self._lanes) * self.plan.rows
-        table = np.zeros((total, self.plan.pages_per_episode), np.int32)
-        seeds = np.zeros((total, 2), np.uint32)
-        registers = np.zeros((5, total), np.int32)
-        for lane, slots in enumerate(chosen):
-            for row, slot in enumerate(slots, start=lane * self.plan.rows):
-                table[row, : len(slot.pages)] = slot.pages
-                seeds[row] = slot.seed
-                registers[:, row] = (
-                    slot.length,
-                    slot.pending,
-                    slot.budget,
-                    slot.stop_state,
-                    slot.ban_state,
-                )
-        names = ("lengths_R", "pending_R", "budget_R", "stop_state_R", "ban_state_R")
-        rows = Rows(
-            table_RJ=self._put(table),
-            seeds_R2=self._put(seeds),
-            **{name: self._put(x) for name, x in zip(names, registers, strict=True)},
-        )
+        rows = pack_rows(chosen, self.plan.rows, self.plan.pages_per_episode)
+        rows = jax.tree.map(self._put, rows)
         tables = self._stop_tables(sampling.banned)
         self._pages, chunk = self._programs.decode(
             sampling, self.config.chunk, self._weights, tables, self._pages, rows, np.int32(leave)
@@ -356,8 +350,8 @@ class Engine:
                         stop=stop,
                     )
                 )
-        self.work.sampled_tokens += sum(len(w.tokens) for w in written)
-        self.work.row_steps += steps * self.plan.rows * len(self._lanes)
+        self._work.sampled_tokens += sum(len(w.tokens) for w in written)
+        self._work.row_steps += steps * self.plan.rows * len(self._lanes)
         return tuple(written), steps
 
     @property

@@ -33,6 +33,8 @@ class EngineConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name} = {getattr(self, name)}, must be at least 1")
+        if self.tensor is not None and self.tensor < 1:
+            raise UserError(f"engine.tensor = {self.tensor}, must be at least 1")
 
     @property
     def longest_prompt(self) -> int:

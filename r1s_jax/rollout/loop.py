@@ -37,6 +37,23 @@ class RolloutConfig:
     search_window: float = 0.005  # seconds that a query waits for others
     search_timeout: float = 60.0  # seconds after which a search counts as failed
 
+    def __post_init__(self) -> None:
+        least = {
+            "documents": 0,
+            "max_searches": 0,
+            "max_new_tokens": 1,
+            "search_workers": 1,
+            "search_batch": 1,
+            "search_window": 0.0,
+        }
+        for field, value in least.items():
+            if getattr(self, field) < value:
+                raise UserError(
+                    f"rollout.{field} = {getattr(self, field)}, must be at least {value}"
+                )
+        if self.search_timeout <= 0.0:
+            raise UserError(f"rollout.search_timeout = {self.search_timeout}, must be more than 0")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
@@ -57,6 +74,7 @@ class RolloutResult:
     failure: str  # why the first of them was
     dropped_groups: int  # groups left with fewer than `min_survivors` samples
     sampled_tokens: int
+    prefilled_tokens: int  # of prompts and documents, each of which is written once
     seconds: float
     retrieval_seconds: float  # while at least one query was out
     retrieval_wait_seconds: float  # while no row could decode because of that
@@ -102,7 +120,7 @@ class Rollout:
         """
         everything = self._samples(questions, samples, call)
         mine = everything[jax.process_index() :: jax.process_count()]
-        work = self._engine.work = Work()
+        self._engine.take_work()
         with SearchPool(
             self._retriever,
             workers=self._config.search_workers,
@@ -112,7 +130,7 @@ class Rollout:
         ) as pool:
             spent = play(self._engine, mine, pool, sampling, watch)
         played = [[episode.trajectory() for episode, _ in s.episodes] for s in mine]
-        hosts = from_all_hosts((played, spent, work))
+        hosts = from_all_hosts((played, spent, self._engine.take_work()))
         return _collect(questions, hosts, min_survivors=min_survivors)
 
     def _samples(
@@ -170,6 +188,7 @@ def _collect(
         failure=next((s.failure for s in spent if s.failure), ""),
         dropped_groups=dropped,
         sampled_tokens=sampled,
+        prefilled_tokens=sum(w.extended_tokens for w in work),
         seconds=max(s.seconds for s in spent),
         retrieval_seconds=max(s.retrieval for s in spent),
         retrieval_wait_seconds=max(s.retrieval_wait for s in spent),

@@ -22,7 +22,6 @@ from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.retrieval.pool import SearchPool
 from r1s_jax.rollout.episode import Need
-from r1s_jax.rollout.hosts import from_all_hosts
 from r1s_jax.types import Document, RetrievalFailure
 
 # With several hosts, the longest time in seconds that one waits for its own queries only.
@@ -119,8 +118,11 @@ class _Play(Generic[P]):
         started = before = time.perf_counter()
         while True:
             self.admit()
-            busy = bool(self.waiting or self.opened or self.playing)
-            step = self.engine.decode_chunk(self.sampling, busy=busy)
+            step = self.engine.decode_chunk(
+                self.sampling,
+                busy=bool(self.waiting or self.opened or self.playing),
+                searching=self.pool.pending > 0,
+            )
             if not step.busy:
                 break
             for written in step.written:
@@ -132,7 +134,7 @@ class _Play(Generic[P]):
             asking = time.perf_counter()
             self.pool.step()
             if not (step.steps or step.extended):
-                self.pause()
+                self.pause(step.searching)
             self.spent.retrieval_wait += time.perf_counter() - asking
             for slot, outcome in self.pool.finished():
                 self.answer(slot, outcome)
@@ -182,8 +184,11 @@ class _Play(Generic[P]):
             del self.playing[slot]
             self.engine.release(slot)
 
-    def pause(self) -> None:
-        """No row can decode: waits for a search. All hosts come here together."""
-        if not any(from_all_hosts(self.pool.pending)):
+    def pause(self, searching: bool) -> None:
+        """Nothing ran anywhere: waits for a search, this host's or another's."""
+        if not searching:
             raise RuntimeError("no episode can go on, and none waits for a search")
-        self.pool.wait(_HOST_WAIT if jax.process_count() > 1 else None)
+        if jax.process_count() == 1:
+            self.pool.wait(None)
+        elif self.pool.pending:
+            self.pool.wait(_HOST_WAIT)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.protocol import tags
 from r1s_jax.rollout.episode import Episode
-from r1s_jax.rollout.loop import Call, Rollout, RolloutConfig
+from r1s_jax.rollout.loop import Call, Rollout
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.setup import Parts
 from r1s_jax.types import Question, UserError
@@ -47,10 +48,10 @@ def ask(
         parts.tokenizer,
         parts.prompt,
         parts.index,
-        RolloutConfig(
+        dataclasses.replace(
+            config.rollout,
             documents=config.evaluation.documents,
             max_searches=config.evaluation.max_searches,
-            max_new_tokens=config.rollout.max_new_tokens,
         ),
     )
     telling, seen = Telling(show), []

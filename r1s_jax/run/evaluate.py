@@ -12,7 +12,7 @@ from r1s_jax.protocol.tags import BEGIN_QUERY
 from r1s_jax.retrieval.controls import WrongPassages
 from r1s_jax.retrieval.interface import Retriever
 from r1s_jax.rl.rewards import episode_metrics
-from r1s_jax.rollout.loop import Call, Rollout, RolloutConfig
+from r1s_jax.rollout.loop import Call, Rollout
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.setup import Parts
 from r1s_jax.types import Trajectory
@@ -37,10 +37,10 @@ def evaluate(
 
     The engine's present weights are evaluated. Returns (metrics, trajectories).
     """
-    rollout_config = RolloutConfig(
+    rollout_config = dataclasses.replace(
+        config.rollout,
         documents=config.evaluation.documents,
         max_searches=config.evaluation.max_searches,
-        max_new_tokens=config.rollout.max_new_tokens,
     )
     retriever: Retriever = parts.index
     if mode == "forced":

@@ -172,17 +172,22 @@ def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
     return [row for _, row in _read(epath.Path(path))]
 
 
+def clocked(name: str) -> bool:
+    """Whether a metric is a matter of time: no two runs agree in it."""
+    return name.endswith("_seconds") or name in ("tokens_per_second", "decode_utilization")
+
+
 def identical(path_a: epath.PathLike, path_b: epath.PathLike) -> list[str]:
     """How two metrics files differ in anything but the clock's readings; [] if they do not.
 
-    Left out are the keys that end in `_seconds` or `tokens_per_second`.
+    Left out are the keys that `clocked` names.
     """
     rows_a, rows_b = read_rows(path_a), read_rows(path_b)
     differences = []
     for a, b in zip(rows_a, rows_b, strict=False):
         where = f"step {a['step']} {a['stage']} {a['phase']}"
         for name in {**a, **b}:
-            if name.endswith(("_seconds", "tokens_per_second")):
+            if clocked(name):
                 continue
             left, right = a.get(name, "absent"), b.get(name, "absent")
             if left != right:

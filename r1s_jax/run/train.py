@@ -27,7 +27,7 @@ from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.run.config import RunConfig, StageConfig
 from r1s_jax.run.evaluate import CONTROLS, GREEDY, NO_SEARCH, evaluate, summarise
 from r1s_jax.run.export import export_policy
-from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter
+from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter, clocked
 from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
 from r1s_jax.run.progress import Progress
 from r1s_jax.run.report import final_report
@@ -284,9 +284,7 @@ class _Run:
             figures, trajectories = evaluate(self.parts, self.config, mode)
             figures["compiles"] = float(self.compiles.count)
             label = name if mode == "search" else f"{name}/{mode}"
-            self.at.results[label] = {
-                k: v for k, v in figures.items() if not k.endswith("_seconds")
-            }
+            self.at.results[label] = {k: v for k, v in figures.items() if not clocked(k)}
             self.metrics.write(self.at.step, label, "eval", figures)
             folder = label.replace("/", "-")
             self.samples.write(

@@ -383,22 +383,12 @@ def test_a_sharded_vocabulary(config):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_k": -1},
-        {"min_p": -0.1},
-        {"min_p": 1.0},
-    ],
-    ids=str,
-)
-def test_values_out_of_range(options):
+OUT_OF_RANGE = [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf"))]
+OUT_OF_RANGE += [("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", -0.1), ("min_p", 1.0)]
+
+
+@pytest.mark.parametrize("field, value", OUT_OF_RANGE)
+def test_values_out_of_range(field, value):
     """One line that names field and value."""
-    (field, value), *_ = options.items()
     with pytest.raises(UserError, match=rf"^sampling\.{field} = {value}: [^\n]+$"):
-        SamplingConfig(**options)
+        SamplingConfig(**{field: value})

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from r1s_jax.engine.engine import Work
 from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
 from tests import tiny
@@ -63,7 +62,7 @@ def test_rows_are_full_while_somebody_waits(engine):
     """Turns of 1 to 40 tokens: a row that stops is replaced before many steps have gone by."""
     rng = np.random.default_rng(0)
     budgets = np.minimum(np.ceil(6 * np.exp(rng.normal(size=200))), 40).astype(int).tolist()
-    engine.work = Work()
+    engine.take_work()
     full, playing, left = None, set(), list(enumerate(budgets))
     while left or playing:
         while left:

@@ -133,11 +133,12 @@ def test_nothing_is_computed_twice():
     All but the last token of a prompt is written; of a block, the last sampled token before it and
     all but its own last one. 20 episodes of 5 questions would else write their prompts 20 times.
     """
-    engine = tiny.engine()
-    got = play(engine)
+    rollout = Rollout(tiny.engine(), tiny.tokenizer(), tiny.PROMPT, RETRIEVER, CONFIG)
+    result = rollout.run(tiny.QUESTIONS, samples=SAMPLES, sampling=tiny.SAMPLED, call=CALL)
+    got = {(t.question.id, t.sample): t for g in result.groups for t in g.trajectories}
     read = sum(int((t.sources_T == TokenSource.OBSERVATION).sum()) for t in got.values())
     prompts = [tiny.PROMPT.prompt_ids(tiny.tokenizer(), q.text) for q in tiny.QUESTIONS]
-    assert engine.work.extended_tokens == read + sum(len(p) - 1 for p in prompts)
+    assert result.prefilled_tokens == read + sum(len(p) - 1 for p in prompts)
     assert read > 400
     assert_same(got)
 

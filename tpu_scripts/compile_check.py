@@ -1,0 +1,61 @@
+"""Compiles a run's programs for a TPU slice on a machine without one, and prints what they take.
+
+    python tpu_scripts/compile_check.py --config stage2 --topology v5p:4x4x4
+    python tpu_scripts/compile_check.py --config stage2 --topology v5p:4x4x4 --model qwen2_5_32b
+
+Memory, FLOPs, bytes and roofline times are per chip. Needs libtpu:
+pip install -r requirements-tpu.txt. Exit codes: 0 all fits, 1 something does not (the culprit is
+named), 2 a mistake in the input.
+"""
+
+import argparse
+import os
+
+import launch
+
+
+def main() -> int:
+    args = launch.parse_args(__doc__, add=_add)
+    if args.topology is None:
+        raise launch.UserError("--topology CHIP:SLICE is missing, such as v5p:4x4x4 (see --help)")
+    config = launch.load_config(args.config, args.gin)
+    from r1s_jax.run.compile_check import check
+
+    return check(
+        config.value,
+        topology=args.topology,
+        model=args.model,
+        live_tokens=args.live_tokens,
+        own_mesh=any("MeshConfig." in binding for binding in args.gin),
+    )
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", metavar="CHIP:SLICE", help="such as v5e:4x4 or v5p:4x4x4")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="instead of the policy: a folder with a config.json, or one of configs/models",
+    )
+    parser.add_argument(
+        "--live_tokens",
+        metavar="N",
+        type=int,
+        help="mean length of the rows that decode; a quarter of the context if not given",
+    )
+
+
+if __name__ == "__main__":
+    # There is no TPU here: libtpu is not to look for one, nor to mind others that do the same.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in {
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # else a second run would be done in no time
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: what is compiled for is given by name
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+    launch.run_main(main)
