@@ -94,7 +94,7 @@ def lane_mesh(mesh: Mesh, tensor: int | None = None) -> Mesh:
 
     Raises UserError if the devices cannot be grouped so, or a lane's belong to several hosts.
     """
-    tensor = tensor or int(mesh.shape["tensor"] or 1)
+    tensor = tensor or int(mesh.shape["tensor"])
     devices = mesh.devices.reshape(-1)
     if devices.size % tensor:
         raise UserError(
@@ -113,10 +113,11 @@ def check_divisible(
     mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
 ) -> None:
     """Raises UserError if an axis of `shape` does not divide over its mesh axes."""
-    for size, axis, part in zip(shape, axes, partition_spec(axes), strict=True):
-        names = () if part is None else (part,) if isinstance(part, str) else part
-        shards = int(np.prod([mesh.shape[m] for m in names]))
+    for size, axis in zip(shape, axes, strict=True):
+        shards = shards_of(mesh, (axis,))
         if size % shards:
+            (part,) = partition_spec((axis,))
+            names = (part,) if isinstance(part, str) else part
             raise UserError(
                 f"mesh: {name} has {size} along '{axis}', not divisible by "
                 f"{shards} devices ({names})"

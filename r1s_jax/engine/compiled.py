@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from r1s_jax.engine import cache, programs, quantize, tpu
-from r1s_jax.engine.plan import Plan
+from r1s_jax.engine.plan import Plan, kv_room
 from r1s_jax.engine.state import Chunk, EngineConfig, Rows
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
 from r1s_jax.sharding import named_sharding, partition_spec, replicated
@@ -37,8 +37,7 @@ class Programs:
     ):
         """`expected_length`: mean tokens of a live row, for what the kernels say they cost."""
         self.model, self.config, self.plan, self.mesh, self.dtype = model, config, plan, mesh, dtype
-        # The same operation with kernels, or with plain array operations.
-        self.kv = tpu if mesh.devices.flat[0].platform == "tpu" else cache
+        self.kv = kv_room(mesh)
         self.rows = named_sharding(mesh, ("rows",))
         whole = replicated(mesh)
         pages = tuple(named_sharding(mesh, axes) for axes in self.kv.AXES)

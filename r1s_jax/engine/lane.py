@@ -80,7 +80,6 @@ class Lane:
         self._serial = 0
         self.open = False  # a prompt is held from which samples are still to be started
         self._queued: deque[Tokens] = deque()
-        self._copies: list[tuple[int, int]] = []
 
     # ------------------------------------------------------------------------------ sequences
 

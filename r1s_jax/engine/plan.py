@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,7 @@ def plan_memory(
     tensor = mesh.shape["tensor"]
     rows, extend_rows = config.rows // lanes, config.extend_rows // lanes
     weights = weight_bytes(model, mesh, dtype)
-    kv = tpu if mesh.devices.flat[0].platform == "tpu" else cache
+    kv = kv_room(mesh)
     one = sum(
         int(np.prod(s.shape)) * s.dtype.itemsize
         for s in kv.page_shapes(
@@ -108,6 +110,11 @@ def plan_memory(
     )
 
 
+def kv_room(mesh: Mesh) -> ModuleType:
+    """Who keeps the cache: kernels on TPUs, plain array operations elsewhere."""
+    return tpu if mesh.devices.flat[0].platform == "tpu" else cache
+
+
 def weight_bytes(model: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> int:
     """Bytes of the parameters on each device of a mesh."""
     shapes, axes = abstract_params(model, dtype)
@@ -127,4 +134,7 @@ def device_memory(device: jax.Device) -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    container = Path("/sys/fs/cgroup/memory.max")  # "max" where there is no limit
+    if container.is_file() and (limit := container.read_text().strip()).isdigit():
+        total = min(total, int(limit))
     return total // 2 // max(1, len(jax.local_devices()))

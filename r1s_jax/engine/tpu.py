@@ -256,6 +256,8 @@ def _block_sizes(tokens: int, page: int, pages_per_row: int) -> tuple[int, int]:
 def _with_cost(call: Callable[..., Any], cost: pl.CostEstimate) -> Callable[..., Array]:
     """`call` with `cost` as the estimate of its one kernel; JAX's kernels take none themselves."""
 
+    found: list[Any] = []
+
     def priced(param: Any) -> Any:
         if isinstance(param, jax.extend.core.ClosedJaxpr):
             return param.replace(jaxpr=priced(param.jaxpr))
@@ -264,6 +266,7 @@ def _with_cost(call: Callable[..., Any], cost: pl.CostEstimate) -> Callable[...,
         eqns = []
         for eqn in param.eqns:
             if eqn.primitive.name == "pallas_call":
+                found.append(eqn)
                 params = eqn.params | {"cost_estimate": cost}
             else:
                 params = {name: priced(inner) for name, inner in eqn.params.items()}
@@ -271,7 +274,9 @@ def _with_cost(call: Callable[..., Any], cost: pl.CostEstimate) -> Callable[...,
         return param.replace(eqns=eqns)
 
     def run(*args: Array) -> Array:
-        (out,) = jax.extend.core.jaxpr_as_fun(priced(jax.make_jaxpr(call)(*args)))(*args)
+        jaxpr = priced(jax.make_jaxpr(call)(*args))
+        assert len(found) == 1, f"{len(found)} kernels"
+        (out,) = jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
         return out
 
     return run

@@ -154,6 +154,7 @@ class Learner:
     def begin_stage(self) -> None:
         """A fresh optimiser, and the present parameters as the reference where there is one."""
         params = self.state.params
+        del self.state  # the old moments go before the new ones come
         self.state = LearnerState(params=params, opt_state=self._init(params))
         if self.reference is not None:
             self.reference = self._copy(params)
@@ -166,8 +167,13 @@ class Learner:
             old = self._score(self.state.params, arrays.tokens_BT)
             weights = self._put_rows(np.zeros((self.config.rows, bucket), np.float32))
             grads, _ = self._accumulate(grads, self.state.params, arrays, old, weights, 1.0)
-        params = self._copy(self.state.params)
-        self._apply(LearnerState(params=params, opt_state=self._init(params)), grads)
+        # A gradient that is not finite changes nothing: no second state is needed for this.
+        spoil = jax.jit(
+            partial(jax.tree.map, lambda g: g * jnp.nan),
+            donate_argnums=0,
+            out_shardings=self._layout.params,
+        )
+        self.state, _ = self._apply(self.state, spoil(grads))
 
     def update(
         self,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from r1s_jax.engine.automaton import StopAutomaton
 from r1s_jax.engine.compiled import Programs
-from r1s_jax.engine.plan import plan_memory, weight_bytes
+from r1s_jax.engine.plan import plan_memory
 from r1s_jax.engine.programs import StopTables
 from r1s_jax.engine.state import Rows
 from r1s_jax.models.decoder import DecoderConfig, abstract_params
@@ -27,7 +27,7 @@ from r1s_jax.models.families import read_config
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.roofline import CHIPS, Program, compile_all, table
-from r1s_jax.run.setup import REPOSITORY, find_policy, resolve
+from r1s_jax.run.setup import REPOSITORY, bytes_beside, find_policy, resolve
 from r1s_jax.sharding import (
     MeshConfig,
     check_divisible,
@@ -81,7 +81,7 @@ def check(
         f"{engine.extend_rows} of {engine.extend_tokens} tokens, page {engine.page}, context "
         f"{engine.context}, {live} live tokens a row, {config.dtype}."
     )
-    learner_bytes = 3 * weight_bytes(shape, mesh, jnp.float32)
+    learner_bytes = bytes_beside(config, shape, mesh)
     try:
         plan = plan_memory(
             shape,
@@ -112,7 +112,7 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
         devices = topologies.get_topology_desc(topology, "tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        if "not installed" in reason or "libtpu" in reason:
+        if "not installed" in reason or "No module named 'libtpu'" in reason:
             raise UserError(
                 "compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt"
             ) from error

@@ -13,7 +13,7 @@ from r1s_jax.data.atlas import SPLITS
 from r1s_jax.data.atlas_builder import cache_directory, load_atlas
 from r1s_jax.data.questions import read_questions
 from r1s_jax.engine.engine import Engine
-from r1s_jax.engine.plan import weight_bytes
+from r1s_jax.engine.plan import device_memory, plan_memory, weight_bytes
 from r1s_jax.models import hf, hub
 from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.protocol.observation import render_documents
@@ -23,11 +23,12 @@ from r1s_jax.retrieval.embed import TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import PolicyConfig, RunConfig
-from r1s_jax.sharding import check_divisible, make_mesh
+from r1s_jax.sharding import check_divisible, lane_mesh, make_mesh
 from r1s_jax.types import Question, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ATLAS = "atlas"
+_TYPICAL_CHARACTERS = 4000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,8 @@ def build_parts(
         stop_strings=STOP_STRINGS,
         eos_ids=tokenizer.eos_ids,
         dtype=jnp.dtype(config.dtype),
-        # Parameters and two moments of the learner.
-        scale_ids=_typical_ids(checked, index),
-        reserved_bytes=3 * weight_bytes(checked.model, mesh, jnp.float32) if training else 0,
+        reserved_bytes=bytes_beside(config, checked.model, mesh, training=training),
+        scale_ids=_typical_ids(checked, index) if config.engine.int8_cache else (),
     )
     return Parts(
         mesh=mesh,
@@ -82,10 +82,23 @@ def build_parts(
     )
 
 
+def bytes_beside(
+    config: RunConfig, model: DecoderConfig, mesh: Mesh, *, training: bool = True
+) -> int:
+    """What others than the engine keep on every device, in f32.
+
+    A learner's parameters, their two moments and gradients, and a reference where there is one
+    (activations come on top); without one the parameters, from which the engine takes its own.
+    """
+    copies = 1 if not training else 5 if config.learner.kl_coefficient > 0.0 else 4
+    return copies * weight_bytes(model, mesh, jnp.float32)
+
+
 def _typical_ids(checked: Checked, index: DenseIndex) -> list[int]:
     """A prompt and some passages: what the cache will hold, for the scales of its integers."""
     passages = render_documents(index.documents[:3], checked.tokenizer.control_strings)
-    return [*checked.prompt.prompt_ids(checked.tokenizer, ""), *checked.tokenizer.encode(passages)]
+    prompt = checked.prompt.prompt_ids(checked.tokenizer, "")
+    return [*prompt, *checked.tokenizer.encode(passages[:_TYPICAL_CHARACTERS])]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +137,17 @@ def check_inputs(
             f"max_position_embeddings = {model.max_position_embeddings}"
         )
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, "num_key_value_heads", (model.num_key_value_heads,), ("kv_heads",))
+    lanes = lane_mesh(mesh, config.engine.tensor)
+    for each in (mesh, lanes):
+        check_divisible(each, "num_key_value_heads", (model.num_key_value_heads,), ("kv_heads",))
+    plan_memory(
+        model,
+        config.engine,
+        lanes,
+        jnp.dtype(config.dtype),
+        limit_bytes=device_memory(mesh.local_devices[0]),
+        reserved_bytes=bytes_beside(config, model, mesh, training=training),
+    )
     folder = find_policy(config.policy, checkpoint, weights_of=folder.name)
     hf.check_weights(folder, model)
     return Checked(model=model, checkpoint=folder, tokenizer=tokenizer, prompt=prompt)
