@@ -67,11 +67,12 @@ def append_attend(
     q = jnp.moveaxis(q, 1, 3).reshape(rows, groups, -1, width)  # [R K g*T h]
     positions_RT = starts_R[:, None] + jnp.arange(length)
     size = GROUP if rows % GROUP == 0 else rows
-    split = lambda x: x.reshape(rows // size, size, *x.shape[1:])  # noqa: E731
-    mixed = jax.lax.map(
-        lambda xs: _attend(pages, *xs),
-        tuple(split(x) for x in (q, table_RJ, positions_RT, starts_R + counts_R)),
-    )
+    read = (q, table_RJ, positions_RT, starts_R + counts_R)
+    if size == rows:
+        mixed = _attend(pages, *read)
+    else:
+        groups_of = tuple(x.reshape(rows // size, size, *x.shape[1:]) for x in read)
+        mixed = jax.lax.map(lambda xs: _attend(pages, *xs), groups_of)
     mixed = mixed.reshape(rows, groups, heads // groups, length, width)
     return jnp.moveaxis(mixed, 3, 1).reshape(q_RTHh.shape), pages
 
@@ -99,22 +100,23 @@ def _write(
     pages: Pages, k_RTKh: Array, v_RTKh: Array, table_RJ: Array, starts_R: Array, counts_R: Array
 ) -> Pages:
     """One token at a time: slices updated in place are many times faster than XLA's scatter."""
-    _, length, *_ = k_RTKh.shape
+    _, length, *rest = k_RTKh.shape
     page = pages[1].shape[2]
+    positions = starts_R[:, None] + jnp.arange(length)
+    inside = jnp.arange(length) < counts_R[:, None]
+    # Trash for padding; indices beyond the table are never used.
+    there = jnp.take_along_axis(table_RJ, positions // page, axis=1, mode="clip")
+    there, offsets = jnp.where(inside, there, 0).reshape(-1), (positions % page).reshape(-1)
+    new_k, new_v = (x.reshape(-1, *rest).astype(pages[0].dtype) for x in (k_RTKh, v_RTKh))
 
     def body(i: Array, pages: Pages) -> Pages:
         keys, values = pages
-        r, t = i // length, i % length
-        position = starts_R[r] + t
-        at = jnp.where(t < counts_R[r], table_RJ[r, position // page], 0)
-        k, v = (x[r, t].astype(keys.dtype) for x in (k_RTKh, v_RTKh))
-        keys = jax.lax.dynamic_update_slice(keys, k[None, :, :, None], (at, 0, 0, position % page))
-        values = jax.lax.dynamic_update_slice(
-            values, v[None, :, None, :], (at, 0, position % page, 0)
-        )
+        k, v = new_k[i][None, :, :, None], new_v[i][None, :, None, :]
+        keys = jax.lax.dynamic_update_slice(keys, k, (there[i], 0, 0, offsets[i]))
+        values = jax.lax.dynamic_update_slice(values, v, (there[i], 0, offsets[i], 0))
         return keys, values
 
-    return jax.lax.fori_loop(0, k_RTKh.shape[0] * length, body, pages)
+    return jax.lax.fori_loop(0, there.shape[0], body, pages)
 
 
 def _attend(

@@ -97,6 +97,26 @@ def test_companions_do_not_matter():
         assert_same(got)
 
 
+def test_a_shared_beginning_does_not_matter():
+    """Invariant 7: whose pages a prompt begins with, its own or another's, changes no bit.
+
+    Four questions begin with the same words, two full pages, which are written once.
+    """
+    start = "the same words at the beginning of every question, "
+    questions = [
+        tiny.question(f"s{i}", start + end) for i, end in enumerate(("", "a", "bcd", "e?"))
+    ]
+    together = play(tiny.engine(), questions)
+    alone = {k: t for q in questions for k, t in play(tiny.engine(), [q]).items()}
+    assert_same(together, alone)
+    prompts = sum(len(tiny.PROMPT.prompt_ids(tiny.tokenizer(), q.text)) - 1 for q in questions)
+    rollout = Rollout(tiny.engine(), tiny.tokenizer(), tiny.PROMPT, RETRIEVER, CONFIG)
+    result = rollout.run(questions, samples=SAMPLES, sampling=tiny.SAMPLED, call=CALL)
+    read = sum(int((t.sources_T == TokenSource.OBSERVATION).sum()) for t in together.values())
+    assert len(tiny.tokenizer().encode(start)) // tiny.CONFIG.page == 2
+    assert result.prefilled_tokens == read + prompts - 3 * 2 * tiny.CONFIG.page
+
+
 @dataclasses.dataclass
 class SlowRetriever:
     """Late by an irregular time."""

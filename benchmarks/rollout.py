@@ -1,0 +1,304 @@
+"""The rollout engine beside what others use, and beside the machine: writes benchmarks/rollout.md.
+
+    python benchmarks/rollout.py [--tunix_python PATH] [--only A B C step] [--questions 32]
+
+Both sides of a workload take turns within one run, on the same weights and episodes, with a
+calibration of the machine before each. A: tunix's own sampler, in an environment of its own
+(`pip install google-tunix`; without `--tunix_python` that column stays empty). B: the loop that
+everyone writes around transformers' `generate`. C and step: the engine alone, against what could
+be had. The models are made here or fetched once by the tests' helpers (SmolLM2-135M).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import rollout_work as work  # noqa: E402
+from calibrate import Calibration, calibrate  # noqa: E402
+from rollout_ours import make_engine, run_scripts, step_seconds  # noqa: E402
+from rollout_peers.protocol import Peer  # noqa: E402
+
+from r1s_jax.engine.state import EngineConfig  # noqa: E402
+from r1s_jax.models import hf  # noqa: E402
+from r1s_jax.models.decoder import DecoderConfig, Params  # noqa: E402
+from r1s_jax.protocol.tokenizer import Tokenizer  # noqa: E402
+from r1s_jax.sharding import MeshConfig, make_mesh  # noqa: E402
+from tests.real import smollm2  # noqa: E402
+
+PEERS = HERE / "rollout_peers"
+A_ENGINE = EngineConfig(rows=16, chunk=128, context=work.A_CACHE, page=128)
+B_ROWS, C_ROWS = 32, 64
+C_SECONDS = 0.2  # of a search
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A section of the report."""
+
+    title: str
+    text: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"## {self.title}\n\n{self.text}\n\n{table}\n"
+
+
+def machine(c: Calibration) -> str:
+    return f"{c.matmul:.0f} GFLOP/s, {c.bandwidth:.0f} GB/s"
+
+
+def load(folder: Path) -> tuple[DecoderConfig, Params]:
+    model = hf.read_config(folder)
+    return model, hf.load_params(folder, model, make_mesh(MeshConfig()))
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """Tokens prefilled per token of final context: with the padding of blocks / without."""
+    context = result["context"]
+    return f"{result['prefilled_padded'] / context:.2f} / {result['prefilled'] / context:.2f}"
+
+
+def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> Table:
+    """16 rows x 128 tokens in a cache of 1024, the peers' own shape."""
+    folder = work.write_small_qwen2(scratch / "small")
+    prompts = work.prompts_a()
+    engine = make_engine(*load(folder), A_ENGINE)
+    scripts = work.plain_scripts(prompts, work.A_NEW)
+    peer = None
+    if tunix_python:
+        import numpy as np
+
+        np.save(scratch / "prompts.npy", prompts)
+        peer = Peer(
+            [
+                *(tunix_python, str(PEERS / "tunix_sampler.py"), "--folder", str(folder)),
+                *("--prompts", str(scratch / "prompts.npy"), "--new", str(work.A_NEW)),
+                *("--cache", str(work.A_CACHE)),
+            ]
+        )
+    rows, ours, theirs = [], [], []
+    for _ in range(rounds):
+        c = calibrate(width=256, hidden=704)
+        result = run_scripts(engine, scripts)
+        ours.append(result["tokens"] / result["seconds"])
+        theirs.append(0.0)
+        if peer:
+            answer = peer.ask("run")
+            theirs[-1] = answer["tokens"] / answer["seconds"]
+        rows.append([machine(c), f"{ours[-1]:.0f}", f"{theirs[-1]:.0f}" if peer else "", ""])
+    if peer:
+        peer.quit()
+    middle, other = statistics.median(ours), statistics.median(theirs)
+    compared = [f"{other:.0f}", f"**{middle / other:.1f}x**"] if peer else ["not measured", ""]
+    rows.append(["**median**", f"{middle:.0f}", *compared])
+    return Table(
+        title="A: 16 rows of 128 tokens, cache 1024",
+        text=(
+            "A Qwen2 of 4 layers, hidden 256, vocabulary 2000, f32; prompts of 32 tokens, "
+            f"temperature 1. Tokens prefilled per token of final context: {ratios(result)} (with "
+            "the padding of blocks / without). Tokens per second:"
+        ),
+        header=["machine", "ours", "tunix sampler", "ratio"],
+        rows=rows,
+    )
+
+
+def workload_b(scratch: Path, questions: int) -> Table:
+    """Search episodes of SmolLM2-135M: the whole loop."""
+    folder = smollm2()
+    model, params = load(folder)
+    tokenizer = Tokenizer.load(folder, vocab_size=model.vocab_size)
+    scripts = work.search_episodes(tokenizer, work.Transcripts.read(), questions=questions)
+    path = work.write_for_peer(scratch / "scripts.jsonl", tokenizer, scripts)
+    peer = Peer(
+        [
+            *(sys.executable, str(PEERS / "transformers_loop.py"), "--model", str(folder)),
+            *("--episodes", str(path), "--threads", str(os.cpu_count())),
+        ]
+    )
+    longest = max(script.context for script in scripts) + 1
+    engine = make_engine(
+        model, params, EngineConfig(rows=B_ROWS, chunk=32, context=longest, page=128)
+    )
+    half = len(scripts) // 2
+    rows, ours, theirs = [], [], []
+    for start in (0, half):
+        c = calibrate()
+        theirs.append(peer.ask("run", start, half))
+        before = calibrate()
+        ours.append(run_scripts(engine, scripts))
+        for name, result, state in (("loop", theirs[-1], c), ("ours", ours[-1], before)):
+            rows.append(
+                [
+                    name,
+                    machine(state),
+                    str(result["episodes"]),
+                    f"{result['seconds']:.0f}",
+                    f"{60 * result['episodes'] / result['seconds']:.1f}",
+                    ratios(result),
+                    f"{result['retrieval_wait_seconds']:.2f}" if name == "ours" else "",
+                ]
+            )
+    peer.quit()
+
+    def per_minute(results: Sequence[dict[str, Any]]) -> float:
+        return 60 * sum(r["episodes"] for r in results) / sum(r["seconds"] for r in results)
+
+    ratio = per_minute(ours) / per_minute(theirs)
+    both = f"{per_minute(ours):.1f} / {per_minute(theirs):.1f}"
+    rows.append(["**ratio**", "", "", "", f"{both} = **{ratio:.1f}x**", "", ""])
+    mean = lambda f: sum(map(f, scripts)) / len(scripts)  # noqa: E731
+    return Table(
+        title=f"B: search episodes, {questions} questions x 4 samples",
+        text=(
+            "SmolLM2-135M, real weights, f32. Three turns with three real passages each, then an "
+            f"answer: {mean(lambda s: s.sampled):.0f} sampled tokens and "
+            f"{mean(lambda s: s.context):.0f} tokens of context on average, turn lengths and "
+            f"queries from the released transcripts. Ours decodes {B_ROWS} rows at a time and "
+            "plays all episodes in each of its turns; the loop, half of them in batches of 16, "
+            "what is best for it here."
+        ),
+        header=[
+            "side",
+            "machine",
+            "episodes",
+            "seconds",
+            "episodes per minute",
+            "prefilled per context token (padded / not)",
+            "seconds all rows waited",
+        ],
+        rows=rows,
+    )
+
+
+def workload_c(scratch: Path, rounds: int) -> Table:
+    """Ragged turns and a slow retriever: how full the rows are."""
+    folder = work.write_small_qwen2(scratch / "ragged")
+    model, params = load(folder)
+    tokenizer = Tokenizer.load(
+        HERE.parent / "configs" / "models" / "tiny_base", vocab_size=model.vocab_size
+    )
+    scripts = work.ragged_episodes(tokenizer, work.Transcripts.read())
+    context = max(script.context for script in scripts) + 1
+    engine = make_engine(
+        model, params, EngineConfig(rows=C_ROWS, chunk=32, context=context, page=128)
+    )
+    rows = []
+    for _ in range(rounds):
+        c = calibrate(width=256, hidden=704)
+        r = run_scripts(engine, scripts, retrieval_seconds=C_SECONDS)
+        rows.append(
+            [
+                machine(c),
+                f"{r['seconds']:.0f}",
+                f"{r['full_tokens'] / r['full_row_steps']:.3f}",
+                f"{r['tokens'] / r['row_steps']:.3f}",
+                f"{r['drain_tokens']:,}",
+                f"{r['drain_tokens'] / r['drain_row_steps']:.3f}",
+                f"{r['retrieval_wait_seconds'] / r['seconds']:.1%}",
+                ratios(r),
+            ]
+        )
+    return Table(
+        title=f"C: ragged turns, {C_ROWS} rows, searches of {C_SECONDS * 1000:.0f} ms",
+        text=(
+            f"{len(scripts)} episodes of the model of A, one to four searches each; turn lengths "
+            f"log-normal, median {work.C_MEDIAN}, 99th percentile {work.C_PERCENTILE_99}, cut at "
+            f"{work.C_LONGEST}. A row-step is one row in one decode step, parked and empty rows "
+            "included; the queue is empty when the last episode has been started, what follows is "
+            "the drain."
+        ),
+        header=[
+            "machine",
+            "seconds",
+            "tokens per row-step until the queue is empty",
+            "all in all",
+            "tokens of the drain",
+            "per row-step in it",
+            "time all rows waited",
+            "prefilled per context token (padded / not)",
+        ],
+        rows=rows,
+    )
+
+
+def step_floor(rounds: int) -> Table:
+    """A decode step of 16 rows against what the machine could do."""
+    model, params = load(smollm2())
+    engine = make_engine(model, params, EngineConfig(rows=16, chunk=16, context=1536, page=128))
+    count = engine.plan.weight_bytes // 4
+    flops = 2 * 16 * count
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
+    rows = []
+    for live in [64, 1024] * rounds:
+        c = calibrate(rows=16)
+        seconds = step_seconds(engine, live)
+        weights = c.floor_seconds(4 * count, flops)
+        kv = 16 * (live + 24) * per_token / c.bandwidth / 1e9
+        rows.append(
+            [str(live), f"{c.bandwidth:.0f} GB/s, {c.skinny:.0f} GFLOP/s"]
+            + [f"{x * 1000:.0f}" for x in (weights, kv, seconds)]
+            + [f"{(weights + kv) / seconds:.0%}"]
+        )
+    return Table(
+        title="A decode step of SmolLM2-135M at 16 rows",
+        text=(
+            "Floor: the larger of weight bytes over bandwidth and FLOPs over the rate of matmuls "
+            "of 16 rows; and the bytes of live KV over bandwidth. Milliseconds:"
+        ),
+        header=["live tokens a row", "machine", "floor: weights", "floor: KV", "step", "share"],
+        rows=rows,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tunix_python", help="a Python that has google-tunix")
+    parser.add_argument("--only", nargs="+", choices=["A", "B", "C", "step"])
+    parser.add_argument("--questions", type=int, default=32, help="of workload B")
+    parser.add_argument("--rounds", type=int, default=5, help="of the shorter workloads")
+    parser.add_argument("--out", type=Path, help="benchmarks/rollout.md, if all is measured")
+    args = parser.parse_args()
+    chosen = args.only or ["A", "C", "step", "B"]
+    out = args.out or (None if args.only else HERE / "rollout.md")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        jobs = {
+            "A": lambda: workload_a(scratch, args.tunix_python, args.rounds),
+            "B": lambda: workload_b(scratch, args.questions),
+            "C": lambda: workload_c(scratch, max(1, args.rounds // 2)),
+            "step": lambda: step_floor(max(1, args.rounds // 2)),
+        }
+        tables = []
+        for job in chosen:
+            tables.append(str(jobs[job]()))
+            print(tables[-1], flush=True)
+    import jax
+
+    command = "python benchmarks/rollout.py " + " ".join(sys.argv[1:])
+    head = (
+        f"# Rollouts\n\n`{command.strip()}`, {os.cpu_count()} cores ({platform.machine()}), "
+        f"Python {platform.python_version()}, jax {jax.__version__}.\n"
+    )
+    if out:
+        out.write_text("\n".join([head, *tables]), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
