@@ -1,4 +1,6 @@
-"""One turn of several episodes on a real engine."""
+"""One turn of several episodes on a real engine, and whether two plays are one to the bit."""
+
+import dataclasses
 
 import numpy as np
 
@@ -29,3 +31,14 @@ def play_turn(engine: Engine, prompts, sampling: SamplingConfig, budget: int):
                 engine.release(written.slot)
                 del playing[written.slot]
     return results
+
+
+def assert_same_trajectories(got, expected):
+    """Bit for bit: ids, sources, log-probs, searches, stop reason; every key of `got`."""
+    for key, trajectory in got.items():
+        for field in dataclasses.fields(trajectory):
+            a, b = getattr(trajectory, field.name), getattr(expected[key], field.name)
+            if isinstance(a, np.ndarray):
+                np.testing.assert_array_equal(a, b, err_msg=f"{key} {field.name}")
+            else:
+                assert a == b

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from r1s_jax.engine import cache, programs, quantize, tpu
-from r1s_jax.engine.plan import Plan, kv_room
+from r1s_jax.engine.plan import Plan, cache_backend
 from r1s_jax.engine.state import Chunk, EngineConfig, Rows
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
 from r1s_jax.sharding import named_sharding, partition_spec, replicated
@@ -37,13 +37,13 @@ class Programs:
     ):
         """`expected_length`: mean tokens of a live row, for what the kernels say they cost."""
         self.model, self.config, self.plan, self.mesh, self.dtype = model, config, plan, mesh, dtype
-        self.kv = kv_room(mesh)
+        self.backend = cache_backend(mesh)
         self.rows = named_sharding(mesh, ("rows",))
         whole = replicated(mesh)
-        pages = tuple(named_sharding(mesh, axes) for axes in self.kv.AXES)
-        specs = tuple(partition_spec(axes) for axes in self.kv.AXES)
-        append_attend: programs.AppendAttend = self.kv.append_attend
-        if self.kv is tpu:
+        pages = tuple(named_sharding(mesh, axes) for axes in self.backend.AXES)
+        specs = tuple(partition_spec(axes) for axes in self.backend.AXES)
+        append_attend: programs.AppendAttend = self.backend.append_attend
+        if self.backend is tpu:
             append_attend = partial(append_attend, expected_length=expected_length)
         layout = programs.Layout(
             model=model,
@@ -51,9 +51,9 @@ class Programs:
             pages_per_layer=plan.pages,
             scan=config.scan_layers,
         )
-        pieces = self._by_layer(abstract_params(model)[1], partial(named_sharding, mesh))
         params = self.param_layout()
-        # What is moved in one piece, and what layer by layer.
+        # What the learner has: some of it is moved in one piece, some layer by layer.
+        pieces = {name: layout for name, layout in params.items() if name != "cache_scales"}
         if not config.scan_layers:
             (one, *_) = pieces.pop("layers")
             self.place_layer = jax.jit(partial(_round_layer, dtype), out_shardings=one)
@@ -122,8 +122,7 @@ class Programs:
         """Shapes and layout of what the programs are given as parameters."""
         model = self.model
         shapes, _ = abstract_params(model, self.dtype)
-        split = _split(self.config.scan_layers, model.num_hidden_layers)
-        params = jax.eval_shape(split, shapes)
+        params = shapes if self.config.scan_layers else jax.eval_shape(_unstacked, shapes)
         if self.config.int8_cache:
             shape = (model.num_hidden_layers, model.num_key_value_heads, model.head_dim)
             params |= {"cache_scales": (jax.ShapeDtypeStruct(shape, jnp.float32),) * 2}
@@ -135,16 +134,17 @@ class Programs:
 
     def abstract_pages(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pool of all lanes."""
-        dtype = jnp.int8 if self.config.int8_cache else self.dtype
-        tensor = self.mesh.shape["tensor"]
-        one = self.kv.page_shapes(self.model, self.plan.pages, self.config.page, dtype, tensor)
+        config, tensor = self.config, self.mesh.shape["tensor"]
+        one = self.backend.page_shapes(
+            self.model, self.plan.pages, config.page, config.cache_dtype(self.dtype), tensor
+        )
         return tuple(
             jax.ShapeDtypeStruct(
                 (self.plan.lanes * s.shape[0], *s.shape[1:]),
                 s.dtype,
                 sharding=named_sharding(self.mesh, axes),
             )
-            for s, axes in zip(one, self.kv.AXES, strict=True)
+            for s, axes in zip(one, self.backend.AXES, strict=True)
         )
 
     def empty_pages(self) -> cache.Pages:
@@ -165,18 +165,12 @@ class Programs:
         return rest | {"layers": (one,) * self.model.num_hidden_layers}
 
 
-def _split(stacked: bool, layers: int) -> Any:
-    """Stacked layers as they are, or one tree a layer: a slice of a stack is a copy on a CPU."""
-    if stacked:
-        return lambda params: params
-    return lambda params: (
-        params
-        | {
-            "layers": tuple(
-                jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(layers)
-            )
-        }
-    )
+def _unstacked(params: Params) -> Params:
+    """One tree a layer: on a CPU a slice of stacked layers would be a copy, at every step."""
+    layers = params["layers"]
+    (count,) = {p.shape[0] for p in jax.tree.leaves(layers)}
+    each = tuple(jax.tree.map(lambda p, i=i: p[i], layers) for i in range(count))
+    return params | {"layers": each}
 
 
 def _round(dtype: DTypeLike, param: Array) -> Array:

@@ -293,9 +293,8 @@ class Engine:
         # Where too few are chosen, the others have no pages: they cannot decode either.
         ready = len(lane.ready()) if len(chosen) == rows else len(chosen)
         missing = rows + 2 * rows // LEAVING - ready
-        full_calls = lane.blocks_queued(width) // self.plan.extend_rows
         if ready >= rows:
-            return min(full_calls, max(1, missing))
+            return min(lane.blocks_queued(width) // self.plan.extend_rows, max(1, missing))
         calls = -(-lane.blocks_wanted(missing, width) // self.plan.extend_rows)
         return min(calls, missing) if ready else calls
 
@@ -327,6 +326,8 @@ class Engine:
         self, chunk: Chunk, chosen: Sequence[Sequence[Slot]]
     ) -> tuple[tuple[Written, ...], int]:
         """Waits for the chunk, and brings its slots to where it left them."""
+        for array in jax.tree.leaves(chunk):
+            array.copy_to_host_async()  # all are under way before the first is waited for
         steps = int(np.asarray(chunk.steps))
         got = jax.tree.map(self._local, dataclasses.replace(chunk, steps=None))
         written = []

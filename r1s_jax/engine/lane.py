@@ -70,7 +70,7 @@ class Lane:
         if pages < pages_per_episode + 3:
             raise ValueError(f"{pages} pages cannot hold an episode of {pages_per_episode}")
         self._page, self._limit = page, pages_per_episode
-        self._pages, self._typical = pages, float(pages_per_episode)
+        self._page_count, self._typical = pages, float(pages_per_episode)
         self._free = list(range(pages - 1, TRASH, -1))
         self._users: Counter[int] = Counter()
         # Full pages of prompts by what they hold: (the page before, its tokens); and back.
@@ -147,7 +147,7 @@ class Lane:
         Full pages of the prompt are shared; the last, where the sample will write, is copied.
         """
         live = self.residents
-        if not self.free_slots or (live and (live + 1) * self._typical > self._pages):
+        if not self.free_slots or (live and (live + 1) * self._typical > self._page_count):
             return None
         length = prompt.length + len(prompt.queue)
         full, own = length // self._page, int(length % self._page > 0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -71,12 +70,10 @@ def plan_memory(
     tensor = mesh.shape["tensor"]
     rows, extend_rows = config.rows // lanes, config.extend_rows // lanes
     weights = weight_bytes(model, mesh, dtype)
-    kv = kv_room(mesh)
+    backend = cache_backend(mesh)
     one = sum(
         int(np.prod(s.shape)) * s.dtype.itemsize
-        for s in kv.page_shapes(
-            model, 1, config.page, jnp.int8 if config.int8_cache else dtype, tensor
-        )
+        for s in backend.page_shapes(model, 1, config.page, config.cache_dtype(dtype), tensor)
     )
     page_bytes = one // tensor
     # Logits and what sampling makes of them; the widest activations of an extend call.
@@ -110,7 +107,7 @@ def plan_memory(
     )
 
 
-def kv_room(mesh: Mesh) -> ModuleType:
+def cache_backend(mesh: Mesh) -> ModuleType:
     """Who keeps the cache: kernels on TPUs, plain array operations elsewhere."""
     return tpu if mesh.devices.flat[0].platform == "tpu" else cache
 

@@ -42,6 +42,7 @@ def measure(
     nothing = (jnp.zeros(shape), jnp.zeros(shape))
     scan = isinstance(params["layers"], dict)
     _, seen = hidden_states(model, params, tokens_T[None], positions, attend, nothing, scan=scan)
+    # A channel that is silent in this text still needs a scale to divide by.
     k_scale, v_scale = (jnp.maximum(s, 1e-6) * (HEADROOM / LARGEST) for s in seen)
     return k_scale, v_scale
 

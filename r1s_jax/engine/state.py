@@ -1,4 +1,4 @@
-"""The static shapes of an engine, and what it keeps on the device."""
+"""The static shapes of an engine, and what a decode chunk is given and gives back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from r1s_jax.types import UserError
 
@@ -40,6 +42,10 @@ class EngineConfig:
     def longest_prompt(self) -> int:
         """Tokens of a prompt: one more has to be sampled."""
         return self.context - 1
+
+    def cache_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """What the cache holds, for a policy that computes in `dtype`."""
+        return jnp.int8 if self.int8_cache else dtype
 
     @property
     def pages_per_episode(self) -> int:

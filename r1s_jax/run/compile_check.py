@@ -185,7 +185,7 @@ def engine_programs(
 ) -> list[Program]:
     """What the engine runs, its weights coming from a learner on `mesh`.
 
-    `learner_bytes`: what that keeps on each chip, the f32 parameters (a third) included.
+    `learner_bytes`: what that keeps on each chip, the f32 parameters included.
     """
     plan, engine, model = programs.plan, programs.config, programs.model
     chips, layers = mesh.size, model.num_hidden_layers

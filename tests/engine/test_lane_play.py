@@ -167,7 +167,7 @@ class Device:
         arrays = (tokens, tokens * 0.0, tokens * 0.0, counts, stops, counts, counts)
         names = [name for name in Chunk.__dataclass_fields__ if name != "steps"]
         named = {name: jnp.asarray(x) for name, x in zip(names, arrays, strict=True)}
-        return pages, Chunk(**named, steps=step)
+        return pages, Chunk(**named, steps=jnp.asarray(step))
 
 
 class Script:

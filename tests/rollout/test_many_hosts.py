@@ -19,6 +19,7 @@ import pytest
 
 from tests import tiny
 from tests.rollout import host_program
+from tests.turns import assert_same_trajectories
 
 MAIN = "import sys; from tests.rollout import host_program as p; p.main({}, {}, {!r}, {})"
 # Seconds; where a host waits for another that never comes, both are ended by then.
@@ -85,13 +86,7 @@ def assert_same(result, expected, keys=None):
     """Bit for bit: ids, sources, log-probs, searches and stop reason."""
     got, expected = by_key(result), by_key(expected)
     assert list(got) == [k for k in expected if keys is None or k in keys]
-    for key, trajectory in got.items():
-        for field in dataclasses.fields(trajectory):
-            a, b = getattr(trajectory, field.name), getattr(expected[key], field.name)
-            if isinstance(a, np.ndarray):
-                np.testing.assert_array_equal(a, b, err_msg=f"{key} {field.name}")
-            else:
-                assert a == b
+    assert_same_trajectories(got, expected)
 
 
 def both(reports, name):

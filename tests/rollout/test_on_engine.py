@@ -15,6 +15,7 @@ from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import StopReason, TokenSource
 from tests import tiny
 from tests.fakes import DictionaryRetriever
+from tests.turns import assert_same_trajectories
 
 SAMPLES = 4
 CONFIG = RolloutConfig(documents=2, max_searches=2, max_new_tokens=48)
@@ -41,13 +42,7 @@ def base():
 def assert_same(got, expected=None):
     """Bit for bit: ids, sources, log-probs, searches and stop reason."""
     expected = expected or base()
-    for key, trajectory in got.items():
-        for field in dataclasses.fields(trajectory):
-            a, b = getattr(trajectory, field.name), getattr(expected[key], field.name)
-            if isinstance(a, np.ndarray):
-                np.testing.assert_array_equal(a, b, err_msg=f"{key} {field.name}")
-            else:
-                assert a == b
+    assert_same_trajectories(got, expected)
 
 
 @functools.cache
