@@ -132,10 +132,11 @@ def test_sampler_and_learner_agree(whole):
 @pytest.mark.parametrize(
     ("how", "phase", "before"),
     [
-        ("crash", "train", 1),
-        ("crash", "eval", 4),  # the first control at the end
+        pytest.param("crash", "train", 1, marks=pytest.mark.slow),
+        # The first control at the end, and the evaluation after stage 1.
+        pytest.param("crash", "eval", 4, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "eval", 2, marks=pytest.mark.slow),
         ("SIGTERM", "train", 3),
-        ("SIGTERM", "eval", 2),  # the evaluation after stage 1
     ],
 )
 def test_interrupted_run_continues_as_if_nothing_happened(
@@ -166,6 +167,7 @@ def test_interrupted_run_continues_as_if_nothing_happened(
     assert_same_weights(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_run_equals_one_run_per_stage(config, whole, tmp_path):
     """`tiny` equals `tiny_stage1` followed by `tiny_stage2`, bit for bit."""
     _, first = play(dataclasses.replace(config, stages=STAGES[:1]), tmp_path / "first")
