@@ -12,6 +12,9 @@ with kernels.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,9 +27,28 @@ from r1s_jax.models.decoder import DecoderConfig
 # Here keys [N K h p] and values [N K p h]: the orders that the two matmuls of a decode step read
 # contiguously.
 Pages = tuple[Array, ...]
+
+
+@runtime_checkable  # for the tests' checks of annotations
+class AppendAttend(Protocol):
+    """`append_attend`, here or in `tpu`."""
+
+    def __call__(
+        self,
+        pages: Pages,
+        q_RTHh: Array,
+        k_RTKh: Array,
+        v_RTKh: Array,
+        table_RJ: Array,
+        starts_R: Array,
+        counts_R: Array,
+        /,
+    ) -> tuple[Array, Pages]: ...
+
+
 # Logical axes of the two; the first is the pages of all lanes.
 AXES = (("rows", "kv_heads", None, None), ("rows", "kv_heads", None, None))
-# Sequences that are read together; the longest of them decides how far.
+# Sequences that a CPU reads together; the longest of them decides how far.
 GROUP = 8
 
 
@@ -44,6 +66,11 @@ def page_shapes(
     )
 
 
+def bind(platform: str, expected_length: int | None) -> AppendAttend:
+    """`append_attend` as it suits a platform; how long sequences are makes no difference."""
+    return partial(append_attend, at_once=platform != "cpu")
+
+
 def append_attend(
     pages: Pages,
     q_RTHh: Float[Array, "R T H h"],
@@ -52,6 +79,8 @@ def append_attend(
     table_RJ: Int[Array, "R J"],
     starts_R: Int[Array, " R"],
     counts_R: Int[Array, " R"],
+    *,
+    at_once: bool = False,
 ) -> tuple[Float[Array, "R T H h"], Pages]:
     """Appends R blocks of up to T tokens to their sequences; every query sees all up to itself.
 
@@ -59,14 +88,16 @@ def append_attend(
     sequence whose pages are table_RJ[r]. All blocks are written before any is read, so blocks that
     follow each other in one sequence may come in one call. What lies beyond a block's count is
     padding: it writes nothing, and its output means nothing.
+
+    `at_once`: for accelerators. A CPU is faster one token and some rows after the other.
     """
-    pages = _write(pages, k_RTKh, v_RTKh, table_RJ, starts_R, counts_R)
+    pages = _write(pages, k_RTKh, v_RTKh, table_RJ, starts_R, counts_R, at_once=at_once)
     rows, length, heads, width = q_RTHh.shape
     groups = k_RTKh.shape[2]
     q = q_RTHh.reshape(rows, length, groups, heads // groups, width) * width**-0.5
     q = jnp.moveaxis(q, 1, 3).reshape(rows, groups, -1, width)  # [R K g*T h]
     positions_RT = starts_R[:, None] + jnp.arange(length)
-    size = GROUP if rows % GROUP == 0 else rows
+    size = GROUP if rows % GROUP == 0 and not at_once else rows
     read = (q, table_RJ, positions_RT, starts_R + counts_R)
     if size == rows:
         mixed = _attend(pages, *read)
@@ -97,18 +128,28 @@ def copy_pages(
 
 
 def _write(
-    pages: Pages, k_RTKh: Array, v_RTKh: Array, table_RJ: Array, starts_R: Array, counts_R: Array
+    pages: Pages,
+    k_RTKh: Array,
+    v_RTKh: Array,
+    table_RJ: Array,
+    starts_R: Array,
+    counts_R: Array,
+    *,
+    at_once: bool,
 ) -> Pages:
-    """One token at a time: slices updated in place are many times faster than XLA's scatter."""
+    keys, values = pages
     _, length, *rest = k_RTKh.shape
-    page = pages[1].shape[2]
+    page = values.shape[2]
     positions = starts_R[:, None] + jnp.arange(length)
     inside = jnp.arange(length) < counts_R[:, None]
     # Trash for padding; indices beyond the table are never used.
     there = jnp.take_along_axis(table_RJ, positions // page, axis=1, mode="clip")
     there, offsets = jnp.where(inside, there, 0).reshape(-1), (positions % page).reshape(-1)
-    new_k, new_v = (x.reshape(-1, *rest).astype(pages[0].dtype) for x in (k_RTKh, v_RTKh))
+    new_k, new_v = (x.reshape(-1, *rest).astype(keys.dtype) for x in (k_RTKh, v_RTKh))
+    if at_once:
+        return keys.at[there, :, :, offsets].set(new_k), values.at[there, :, offsets].set(new_v)
 
+    # On a CPU slices updated in place are many times faster than XLA's scatter.
     def body(i: Array, pages: Pages) -> Pages:
         keys, values = pages
         k, v = new_k[i][None, :, :, None], new_v[i][None, :, None, :]

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from r1s_jax.engine import cache, programs, quantize, tpu
+from r1s_jax.engine import cache, programs, quantize
 from r1s_jax.engine.plan import Plan, cache_backend
 from r1s_jax.engine.state import Chunk, EngineConfig, Rows
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
@@ -42,9 +42,7 @@ class Programs:
         whole = replicated(mesh)
         pages = tuple(named_sharding(mesh, axes) for axes in self.backend.AXES)
         specs = tuple(partition_spec(axes) for axes in self.backend.AXES)
-        append_attend: programs.AppendAttend = self.backend.append_attend
-        if self.backend is tpu:
-            append_attend = partial(append_attend, expected_length=expected_length)
+        append_attend = self.backend.bind(mesh.devices.flat[0].platform, expected_length)
         layout = programs.Layout(
             model=model,
             append_attend=over_lanes(append_attend, mesh, specs),
@@ -191,8 +189,8 @@ def _extend(layout: programs.Layout, *arguments: Any) -> cache.Pages:
 
 
 def over_lanes(
-    append_attend: programs.AppendAttend, mesh: Mesh, pages: tuple[PartitionSpec, ...]
-) -> programs.AppendAttend:
+    append_attend: cache.AppendAttend, mesh: Mesh, pages: tuple[PartitionSpec, ...]
+) -> cache.AppendAttend:
     """Each device works on its own lane's pages and its own heads."""
     heads = partition_spec(("rows", None, "kv_heads", None))
     row, table = partition_spec(("rows",)), partition_spec(("rows", None))

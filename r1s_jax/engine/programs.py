@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,13 +20,10 @@ from jax import Array
 from jaxtyping import Int
 
 from r1s_jax.engine import quantize
-from r1s_jax.engine.cache import Pages
+from r1s_jax.engine.cache import AppendAttend, Pages
 from r1s_jax.engine.sampling import SamplingConfig, sample
 from r1s_jax.engine.state import Chunk, Rows
 from r1s_jax.models.decoder import DecoderConfig, Params, hidden_states, unembed
-
-# `cache.append_attend`, or another with the same meaning.
-AppendAttend = Callable[..., tuple[Array, Pages]]
 
 
 class Stop(enum.IntEnum):
@@ -70,6 +66,8 @@ class Layout:
 
         def attend(layer: Any, pages: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             table = table_RJ + layer * self.pages_per_layer
+            # A page's next owner multiplies what is left in it by zero: NaN would stay NaN.
+            k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
             if scales is None:
                 return self.append_attend(pages, q, k, v, table, starts_R, counts_R)
             k_scale, v_scale = (scale[layer] for scale in scales)

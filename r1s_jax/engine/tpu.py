@@ -30,6 +30,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Real
 
+from r1s_jax.engine.cache import AppendAttend
 from r1s_jax.models.decoder import DecoderConfig
 
 # Logical axes of the pool; the first is the pages of all lanes.
@@ -71,6 +72,11 @@ def page_shape(
     if jnp.dtype(dtype) == jnp.int8:  # four to a word
         padded = max(padded, 2)
     return page, 2 * padded * tensor, -(-head_dim // LANES) * LANES
+
+
+def bind(platform: str, expected_length: int | None) -> AppendAttend:
+    """`append_attend` for sequences that are so long on average, by its own account of its cost."""
+    return functools.partial(append_attend, expected_length=expected_length)
 
 
 def append_attend(

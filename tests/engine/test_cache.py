@@ -13,7 +13,7 @@ from r1s_jax.models.decoder import DecoderConfig
 PAGE, HEADS, KV_HEADS, WIDTH = 4, 6, 2, 8
 TOLERANCE = 2e-6  # of mixtures of values of about 1, in f32
 
-append_attend = jax.jit(cache.append_attend)
+append_attend = jax.jit(cache.append_attend, static_argnames="at_once")
 copy_pages = jax.jit(cache.copy_pages, static_argnums=3)
 
 
@@ -31,11 +31,11 @@ class Case:
         self.q = noise(len(tables), tokens, HEADS, WIDTH)
         self.k, self.v = (noise(len(tables), tokens, KV_HEADS, WIDTH) for _ in range(2))
 
-    def run(self):
+    def run(self, **how):
         """(mixtures, keys, values) as numpy."""
         pool = tuple(map(jnp.asarray, self.pool))
         inputs = (self.q, self.k, self.v, self.table, self.starts, self.counts)
-        mixed, pool = append_attend(pool, *map(jnp.asarray, inputs))
+        mixed, pool = append_attend(pool, *map(jnp.asarray, inputs), **how)
         return (np.asarray(mixed), *map(np.asarray, pool))
 
     def expected_pool(self):
@@ -95,10 +95,11 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_append_attend(case):
+def test_append_attend(case, at_once):
     """Each token sees what its own sequence holds up to itself, and lands in its own place."""
-    mixed, *pool = case.run()
+    mixed, *pool = case.run(at_once=at_once)
     for got, expected in zip(pool, case.expected_pool(), strict=True):
         np.testing.assert_array_equal(got[1:], expected[1:])  # page 0 takes what padding writes
     for (r, t), expected in case.expected_mixtures().items():
@@ -116,12 +117,13 @@ def test_other_layers_are_other_pages():
         np.testing.assert_allclose(mixed[r, t], expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_row_depends_on_nothing_but_itself(tokens):
+def test_a_row_depends_on_nothing_but_itself(tokens, at_once):
     """Invariant 7: the same bits beside long rows and dead ones, anywhere, in any pages."""
     lengths = [9 + tokens, *([tokens] * 15)]
     case = Case([9, *[0] * 15], [tokens] * 16, apart(lengths), tokens=tokens, pages=170)
-    alone, *_ = case.run()
+    alone, *_ = case.run(at_once=at_once)
     rng = np.random.default_rng(5)
     for place, others in [(0, 60), (3, 7), (11, 30), (15, 0)]:
         starts = rng.integers(0, others + 1, 16)
@@ -137,7 +139,7 @@ def test_a_row_depends_on_nothing_but_itself(tokens):
                 np.moveaxis(pool[to], axis, 0)[at] = np.moveaxis(mine[own], axis, 0)[at]
         for x, y in ((moved.q, case.q), (moved.k, case.k), (moved.v, case.v)):
             x[place] = y[0]
-        mixed, *_ = moved.run()
+        mixed, *_ = moved.run(at_once=at_once)
         np.testing.assert_array_equal(mixed[place], alone[0])
 
 

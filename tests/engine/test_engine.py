@@ -249,6 +249,17 @@ def test_new_weights_are_used():
     assert play(engine, 4, GREEDY, [5], []) == before
 
 
+def test_numbers_that_are_not_finite_stay_in_their_episode():
+    """Pages come back from episodes whose numbers went wrong: their next owners see nothing."""
+    engine = tiny.engine()
+    before = play(engine, MANY, tiny.SAMPLED, BUDGETS, DOCUMENTS)
+    engine.set_weights(jax.tree.map(lambda p: p * jnp.nan, tiny.params()), 8)
+    broken = play(engine, MANY, tiny.SAMPLED, BUDGETS, DOCUMENTS)
+    assert all(np.isnan(logprobs).all() for e in broken for _, _, logprobs, _ in e.turns)
+    engine.set_weights(tiny.params(), 7)
+    assert play(engine, MANY, tiny.SAMPLED, BUDGETS, DOCUMENTS) == before
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [

@@ -120,8 +120,8 @@ def test_a_tree_is_saved_with_the_index_and_survives_a_move(tmp_path):
     queries = [f"t{i}" for i in range(50)]
     found = loaded.search(queries, 3)
     assert found == index.search(queries, 3)
-    # Two of twenty leaves are searched, and where k-means puts them is not seeded: how much is found
-    # differs from run to run, but what is found comes in the order of its exact scores.
+    # Two of twenty leaves are searched, and where k-means puts them is not seeded: how much is
+    # found differs from run to run, but what is found comes in the order of its exact scores.
     assert any(found)
     for query, documents in zip(queries, found, strict=True):
         order = _expected(documents, ClusterEmbedder(), query, len(documents), 1.0)
