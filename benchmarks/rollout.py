@@ -1,12 +1,13 @@
 """The rollout engine beside what others use, and beside the machine: writes benchmarks/rollout.md.
 
-    python benchmarks/rollout.py [--tunix_python PATH] [--only A B C step] [--questions 32]
+    python benchmarks/rollout.py [--tunix_python PATH] [--tpu_python PATH] [--only A B C step]
 
 Both sides of a workload take turns within one run, on the same weights and episodes, with a
 calibration of the machine before each. A: tunix's own sampler, in an environment of its own
 (`pip install google-tunix`; without `--tunix_python` that column stays empty). B: the loop that
 everyone writes around transformers' `generate`. C and step: the engine alone, against what could
-be had. The models are made here or fetched once by the tests' helpers (SmolLM2-135M).
+be had. slices: what tpu_scripts/compile_check.py says of TPU slices, in an environment that has
+requirements-tpu.txt. The models are made here or fetched once by the tests' helpers (SmolLM2-135M).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import dataclasses
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import rollout_work as work  # noqa: E402
 from calibrate import Calibration, calibrate  # noqa: E402
-from rollout_ours import make_engine, run_scripts, step_seconds  # noqa: E402
+from rollout_ours import make_engine, run_scripts  # noqa: E402
 from rollout_peers.protocol import Peer  # noqa: E402
+from rollout_step import attention_seconds, sampling_seconds, step_seconds  # noqa: E402
 
 from r1s_jax.engine.state import EngineConfig  # noqa: E402
 from r1s_jax.models import hf  # noqa: E402
@@ -41,6 +44,13 @@ PEERS = HERE / "rollout_peers"
 A_ENGINE = EngineConfig(rows=16, chunk=128, context=work.A_CACHE, page=128)
 B_ROWS, C_ROWS = 32, 64
 C_SECONDS = 0.2  # of a search
+A_SECONDS = 3.0  # of a turn at least: the first runs after a pause are slower
+SLICES = (
+    ("--topology", "v5e:4x4"),
+    ("--topology", "v5p:2x2x2"),
+    ("--topology", "v6e:4x4"),
+    ("--topology", "v5p:4x4x4", "--model", "qwen2_5_32b"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +83,15 @@ def ratios(result: dict[str, Any]) -> str:
     return f"{result['prefilled_padded'] / context:.2f} / {result['prefilled'] / context:.2f}"
 
 
+def rate(play: Callable[[], dict[str, Any]]) -> float:
+    """Tokens per second of one turn."""
+    tokens, seconds = 0, 0.0
+    while seconds < A_SECONDS:
+        result = play()
+        tokens, seconds = tokens + result["tokens"], seconds + result["seconds"]
+    return tokens / seconds
+
+
 def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> Table:
     """16 rows x 128 tokens in a cache of 1024, the peers' own shape."""
     folder = work.write_small_qwen2(scratch / "small")
@@ -91,27 +110,30 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> Table:
                 *("--cache", str(work.A_CACHE)),
             ]
         )
+    result = run_scripts(engine, scripts)
     rows, ours, theirs = [], [], []
     for _ in range(rounds):
         c = calibrate(width=256, hidden=704)
-        result = run_scripts(engine, scripts)
-        ours.append(result["tokens"] / result["seconds"])
-        theirs.append(0.0)
+        ours.append(rate(lambda: run_scripts(engine, scripts)))
+        line = [machine(c), f"{ours[-1]:.0f}", "", ""]
         if peer:
-            answer = peer.ask("run")
-            theirs[-1] = answer["tokens"] / answer["seconds"]
-        rows.append([machine(c), f"{ours[-1]:.0f}", f"{theirs[-1]:.0f}" if peer else "", ""])
+            theirs.append(rate(lambda: peer.ask("run")))
+            line[2:] = f"{theirs[-1]:.0f}", f"{ours[-1] / theirs[-1]:.2f}"
+        rows.append(line)
     if peer:
         peer.quit()
-    middle, other = statistics.median(ours), statistics.median(theirs)
-    compared = [f"{other:.0f}", f"**{middle / other:.1f}x**"] if peer else ["not measured", ""]
-    rows.append(["**median**", f"{middle:.0f}", *compared])
+    compared = ["not measured", ""]
+    if peer:
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        compared = [f"{statistics.median(theirs):.0f}", f"**{ratio:.1f}x**"]
+    rows.append(["**median**", f"{statistics.median(ours):.0f}", *compared])
     return Table(
         title="A: 16 rows of 128 tokens, cache 1024",
         text=(
             "A Qwen2 of 4 layers, hidden 256, vocabulary 2000, f32; prompts of 32 tokens, "
             f"temperature 1. Tokens prefilled per token of final context: {ratios(result)} (with "
-            "the padding of blocks / without). Tokens per second:"
+            "the padding of blocks / without). Each turn repeats the workload for "
+            f"{A_SECONDS:.0f} s or more. Tokens per second:"
         ),
         header=["machine", "ours", "tunix sampler", "ratio"],
         rows=rows,
@@ -136,24 +158,27 @@ def workload_b(scratch: Path, questions: int) -> Table:
         model, params, EngineConfig(rows=B_ROWS, chunk=32, context=longest, page=128)
     )
     half = len(scripts) // 2
-    rows, ours, theirs = [], [], []
-    for start in (0, half):
-        c = calibrate()
-        theirs.append(peer.ask("run", start, half))
-        before = calibrate()
-        ours.append(run_scripts(engine, scripts))
-        for name, result, state in (("loop", theirs[-1], c), ("ours", ours[-1], before)):
-            rows.append(
-                [
-                    name,
-                    machine(state),
-                    str(result["episodes"]),
-                    f"{result['seconds']:.0f}",
-                    f"{60 * result['episodes'] / result['seconds']:.1f}",
-                    ratios(result),
-                    f"{result['retrieval_wait_seconds']:.2f}" if name == "ours" else "",
-                ]
-            )
+    rows, theirs = [], []
+
+    def line(name: str, play: Callable[[], dict[str, Any]], waited: bool) -> dict[str, Any]:
+        c, result = calibrate(), play()
+        rows.append(
+            [
+                name,
+                machine(c),
+                str(result["episodes"]),
+                f"{result['seconds']:.0f}",
+                f"{60 * result['episodes'] / result['seconds']:.1f}",
+                ratios(result),
+                f"{result['retrieval_wait_seconds']:.2f}" if waited else "",
+            ]
+        )
+        print(*rows[-1], flush=True)
+        return result
+
+    theirs.append(line("loop", lambda: peer.ask("run", 0, half), False))
+    ours = [line("ours", lambda: run_scripts(engine, scripts), True)]
+    theirs.append(line("loop", lambda: peer.ask("run", half, len(scripts) - half), False))
     peer.quit()
 
     def per_minute(results: Sequence[dict[str, Any]]) -> float:
@@ -169,9 +194,8 @@ def workload_b(scratch: Path, questions: int) -> Table:
             "SmolLM2-135M, real weights, f32. Three turns with three real passages each, then an "
             f"answer: {mean(lambda s: s.sampled):.0f} sampled tokens and "
             f"{mean(lambda s: s.context):.0f} tokens of context on average, turn lengths and "
-            f"queries from the released transcripts. Ours decodes {B_ROWS} rows at a time and "
-            "plays all episodes in each of its turns; the loop, half of them in batches of 16, "
-            "what is best for it here."
+            f"queries from the released transcripts. Ours decodes {B_ROWS} rows at a time; the "
+            "loop plays batches of 16, what is best for it here, one half before and one after."
         ),
         header=[
             "side",
@@ -250,31 +274,67 @@ def step_floor(rounds: int) -> Table:
         seconds = step_seconds(engine, live)
         weights = c.floor_seconds(4 * count, flops)
         kv = 16 * (live + 24) * per_token / c.bandwidth / 1e9
+        parts = (
+            flops / c.skinny_streamed / 1e9,
+            attention_seconds(engine, live),
+            sampling_seconds(engine),
+        )
         rows.append(
             [str(live), f"{c.bandwidth:.0f} GB/s, {c.skinny:.0f} GFLOP/s"]
             + [f"{x * 1000:.0f}" for x in (weights, kv, seconds)]
             + [f"{(weights + kv) / seconds:.0%}"]
+            + [f"{x * 1000:.0f}" for x in (*parts, seconds - sum(parts))]
         )
     return Table(
         title="A decode step of SmolLM2-135M at 16 rows",
         text=(
             "Floor: the larger of weight bytes over bandwidth and FLOPs over the rate of matmuls "
-            "of 16 rows; and the bytes of live KV over bandwidth. Milliseconds:"
+            "of 16 rows whose two matrices stay in the caches; and the bytes of live KV over "
+            "bandwidth. Then the step's parts, each measured by itself: as many FLOPs through "
+            "ever new matrices of the same shapes, as a model's are (`matmuls`); appending and "
+            "attending in all layers; drawing the tokens; and what is left: norms, rotations and "
+            "what passes between operations. Milliseconds:"
         ),
-        header=["live tokens a row", "machine", "floor: weights", "floor: KV", "step", "share"],
+        header=[
+            "live tokens a row",
+            "machine",
+            "floor: weights",
+            "floor: KV",
+            "step",
+            "floor / step",
+            "matmuls",
+            "attention",
+            "sampling",
+            "the rest",
+        ],
         rows=rows,
     )
+
+
+def slices(tpu_python: str) -> str:
+    """What the programs of `stage2` take on the slices of TPUs, in compile_check's own words."""
+    script = HERE.parent / "tpu_scripts" / "compile_check.py"
+    parts = []
+    for arguments in SLICES:
+        command = [tpu_python, str(script), "--config", "stage2", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode}: {done.stderr}")
+        shown = " ".join(("compile_check.py --config stage2", *arguments))
+        parts.append(f"`{shown}`\n\n{done.stdout}")
+    return "## TPU slices, compiled ahead of time\n\n" + "\n".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tunix_python", help="a Python that has google-tunix")
-    parser.add_argument("--only", nargs="+", choices=["A", "B", "C", "step"])
+    parser.add_argument("--tpu_python", help="a Python that has requirements-tpu.txt")
+    parser.add_argument("--only", nargs="+", choices=["A", "B", "C", "step", "slices"])
     parser.add_argument("--questions", type=int, default=32, help="of workload B")
     parser.add_argument("--rounds", type=int, default=5, help="of the shorter workloads")
     parser.add_argument("--out", type=Path, help="benchmarks/rollout.md, if all is measured")
     args = parser.parse_args()
-    chosen = args.only or ["A", "C", "step", "B"]
+    chosen = args.only or ["A", "C", "step", *["slices"] * bool(args.tpu_python), "B"]
     out = args.out or (None if args.only else HERE / "rollout.md")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -283,6 +343,7 @@ def main() -> int:
             "B": lambda: workload_b(scratch, args.questions),
             "C": lambda: workload_c(scratch, max(1, args.rounds // 2)),
             "step": lambda: step_floor(max(1, args.rounds // 2)),
+            "slices": lambda: slices(args.tpu_python or sys.executable),
         }
         tables = []
         for job in chosen:

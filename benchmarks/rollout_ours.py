@@ -139,26 +139,3 @@ class Watch:
             "drain_tokens": work.sampled_tokens - full.sampled_tokens,
             "drain_row_steps": work.row_steps - full.row_steps,
         }
-
-
-def step_seconds(engine: Engine, live: int) -> float:
-    """Seconds of a decode step while every row holds `live` tokens: the best of four chunks."""
-    rng = np.random.default_rng(0)
-    slots = []
-    for row in range(engine.config.rows):
-        prompt = rng.integers(0, engine.model.vocab_size, live).tolist()
-        ref = engine.prefill(prompt)
-        assert ref is not None
-        seed = row_seed(0, "bench", 0, "step", 0, row)
-        slots.append(engine.insert(ref, seed=seed, budget=5 * engine.config.chunk))
-        engine.drop(ref)
-    seconds, left = [], set(slots)
-    while left:
-        begin = time.perf_counter()
-        step = engine.decode_chunk(SAMPLING)
-        if len(step.written) == len(slots) and not step.extended:
-            seconds.append((time.perf_counter() - begin) / step.steps)
-        left -= {w.slot for w in step.written if w.stop != Stop.RUNNING}
-    for slot in slots:
-        engine.release(slot)
-    return min(seconds)
