@@ -1,13 +1,15 @@
 """The rollout engine beside what others use, and beside the machine: writes benchmarks/rollout.md.
 
-    python benchmarks/rollout.py [--tunix_python PATH] [--tpu_python PATH] [--only A B C step]
+    python benchmarks/rollout.py --tunix_python PATH --tpu_python PATH [--data FOLDER]
+    python benchmarks/rollout.py --only A B C step slices
 
 Both sides of a workload take turns within one run, on the same weights and episodes, with a
 calibration of the machine before each. A: tunix's own sampler, in an environment of its own
 (`pip install google-tunix`; without `--tunix_python` that column stays empty). B: the loop that
 everyone writes around transformers' `generate`. C and step: the engine alone, against what could
 be had. slices: what tpu_scripts/compile_check.py says of TPU slices, in an environment that has
-requirements-tpu.txt. The models are made here or fetched once by the tests' helpers (SmolLM2-135M).
+requirements-tpu.txt. The models are made here or fetched once by the tests' helpers (SmolLM2-135M);
+B and C play questions and passages of the transcripts released with R1-Searcher.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import jax  # noqa: E402
 import rollout_work as work  # noqa: E402
 from calibrate import Calibration, calibrate  # noqa: E402
 from rollout_ours import make_engine, run_scripts  # noqa: E402
@@ -38,11 +41,13 @@ from r1s_jax.models import hf  # noqa: E402
 from r1s_jax.models.decoder import DecoderConfig, Params  # noqa: E402
 from r1s_jax.protocol.tokenizer import Tokenizer  # noqa: E402
 from r1s_jax.sharding import MeshConfig, make_mesh  # noqa: E402
+from r1s_jax.types import UserError  # noqa: E402
 from tests.real import smollm2  # noqa: E402
 
 PEERS = HERE / "rollout_peers"
 A_ENGINE = EngineConfig(rows=16, chunk=128, context=work.A_CACHE, page=128)
-B_ROWS, C_ROWS = 32, 64
+B_ROWS = 32
+C_SHAPES = ((64, 32), (16, 16))  # rows, steps of a chunk
 C_SECONDS = 0.2  # of a search
 A_SECONDS = 3.0  # of a turn at least: the first runs after a pause are slower
 SLICES = (
@@ -140,12 +145,12 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> Table:
     )
 
 
-def workload_b(scratch: Path, questions: int) -> Table:
+def workload_b(scratch: Path, transcripts: work.Transcripts, questions: int) -> Table:
     """Search episodes of SmolLM2-135M: the whole loop."""
     folder = smollm2()
     model, params = load(folder)
     tokenizer = Tokenizer.load(folder, vocab_size=model.vocab_size)
-    scripts = work.search_episodes(tokenizer, work.Transcripts.read(), questions=questions)
+    scripts = work.search_episodes(tokenizer, transcripts, questions=questions)
     path = work.write_for_peer(scratch / "scripts.jsonl", tokenizer, scripts)
     peer = Peer(
         [
@@ -177,7 +182,7 @@ def workload_b(scratch: Path, questions: int) -> Table:
         return result
 
     theirs.append(line("loop", lambda: peer.ask("run", 0, half), False))
-    ours = [line("ours", lambda: run_scripts(engine, scripts), True)]
+    ours = [line("ours", lambda: run_scripts(engine, scripts, tokenizer=tokenizer), True)]
     theirs.append(line("loop", lambda: peer.ask("run", half, len(scripts) - half), False))
     peer.quit()
 
@@ -210,25 +215,30 @@ def workload_b(scratch: Path, questions: int) -> Table:
     )
 
 
-def workload_c(scratch: Path, rounds: int) -> Table:
+def workload_c(scratch: Path, transcripts: work.Transcripts, rounds: int) -> Table:
     """Ragged turns and a slow retriever: how full the rows are."""
     folder = work.write_small_qwen2(scratch / "ragged")
     model, params = load(folder)
     tokenizer = Tokenizer.load(
         HERE.parent / "configs" / "models" / "tiny_base", vocab_size=model.vocab_size
     )
-    scripts = work.ragged_episodes(tokenizer, work.Transcripts.read())
+    scripts = work.ragged_episodes(tokenizer, transcripts)
     context = max(script.context for script in scripts) + 1
-    engine = make_engine(
-        model, params, EngineConfig(rows=C_ROWS, chunk=32, context=context, page=128)
-    )
+    engines = [
+        make_engine(model, params, EngineConfig(rows=r, chunk=c, context=context, page=128))
+        for r, c in C_SHAPES
+    ]
     rows = []
-    for _ in range(rounds):
+    for engine in engines * rounds:
         c = calibrate(width=256, hidden=704)
         r = run_scripts(engine, scripts, retrieval_seconds=C_SECONDS)
+        shape = engine.config
+        chunks = r["row_steps"] / shape.rows / shape.chunk
         rows.append(
             [
                 machine(c),
+                f"{shape.rows} / {engine.plan.slots}",
+                f"{r['seconds'] / chunks * 1000:.0f}",
                 f"{r['seconds']:.0f}",
                 f"{r['full_tokens'] / r['full_row_steps']:.3f}",
                 f"{r['tokens'] / r['row_steps']:.3f}",
@@ -239,16 +249,18 @@ def workload_c(scratch: Path, rounds: int) -> Table:
             ]
         )
     return Table(
-        title=f"C: ragged turns, {C_ROWS} rows, searches of {C_SECONDS * 1000:.0f} ms",
+        title=f"C: ragged turns, searches of {C_SECONDS * 1000:.0f} ms",
         text=(
             f"{len(scripts)} episodes of the model of A, one to four searches each; turn lengths "
             f"log-normal, median {work.C_MEDIAN}, 99th percentile {work.C_PERCENTILE_99}, cut at "
             f"{work.C_LONGEST}. A row-step is one row in one decode step, parked and empty rows "
             "included; the queue is empty when the last episode has been started, what follows is "
-            "the drain."
+            "the drain. The milliseconds are of a chunk with the documents written beside it."
         ),
         header=[
             "machine",
+            "rows / slots",
+            "ms per chunk",
             "seconds",
             "tokens per row-step until the queue is empty",
             "all in all",
@@ -329,35 +341,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tunix_python", help="a Python that has google-tunix")
     parser.add_argument("--tpu_python", help="a Python that has requirements-tpu.txt")
-    parser.add_argument("--only", nargs="+", choices=["A", "B", "C", "step", "slices"])
+    parser.add_argument("--data", type=Path, default=work.DATA, help="the released transcripts")
+    parser.add_argument("--only", nargs="+", choices=["A", "C", "step", "slices", "B"])
     parser.add_argument("--questions", type=int, default=32, help="of workload B")
     parser.add_argument("--rounds", type=int, default=5, help="of the shorter workloads")
-    parser.add_argument("--out", type=Path, help="benchmarks/rollout.md, if all is measured")
+    parser.add_argument("--out", type=Path, help="rollout.md beside this file, if all is measured")
     args = parser.parse_args()
+    whole = args.tunix_python and args.tpu_python and not args.only
+    out = args.out or (HERE / "rollout.md" if whole else None)
     chosen = args.only or ["A", "C", "step", *["slices"] * bool(args.tpu_python), "B"]
-    out = args.out or (None if args.only else HERE / "rollout.md")
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        jobs = {
-            "A": lambda: workload_a(scratch, args.tunix_python, args.rounds),
-            "B": lambda: workload_b(scratch, args.questions),
-            "C": lambda: workload_c(scratch, max(1, args.rounds // 2)),
-            "step": lambda: step_floor(max(1, args.rounds // 2)),
-            "slices": lambda: slices(args.tpu_python or sys.executable),
-        }
-        tables = []
-        for job in chosen:
-            tables.append(str(jobs[job]()))
-            print(tables[-1], flush=True)
-    import jax
-
     command = "python benchmarks/rollout.py " + " ".join(sys.argv[1:])
-    head = (
+    device = jax.devices()[0].device_kind
+    parts = [
         f"# Rollouts\n\n`{command.strip()}`, {os.cpu_count()} cores ({platform.machine()}), "
-        f"Python {platform.python_version()}, jax {jax.__version__}.\n"
-    )
+        f"{device}, Python {platform.python_version()}, jax {jax.__version__}.\n"
+    ]
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            scratch, short = Path(name), max(1, args.rounds // 2)
+            if {"B", "C"} & set(chosen):
+                transcripts = work.Transcripts.read(args.data)
+            jobs: dict[str, Callable[[], Table | str]] = {
+                "A": lambda: workload_a(scratch, args.tunix_python, args.rounds),
+                "B": lambda: workload_b(scratch, transcripts, args.questions),
+                "C": lambda: workload_c(scratch, transcripts, short),
+                "step": lambda: step_floor(short),
+                "slices": lambda: slices(args.tpu_python or sys.executable),
+            }
+            for job in chosen:
+                parts.append(str(jobs[job]()))
+                print(parts[-1], flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if out:
-        out.write_text("\n".join([head, *tables]), "utf-8")
+        out.write_text("\n".join(parts), "utf-8")
     return 0
 
 

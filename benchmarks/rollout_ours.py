@@ -15,6 +15,7 @@ from r1s_jax.engine.programs import Stop
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models.decoder import DecoderConfig, Params
+from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.pool import SearchPool
 from r1s_jax.rollout.episode import Need
 from r1s_jax.rollout.play import Samples, play
@@ -25,11 +26,15 @@ SAMPLING = SamplingConfig()
 
 
 class ScriptedEpisode:
-    """Plays a script: every turn samples so many tokens, then asks its query."""
+    """Plays a script: every turn samples so many tokens, then asks its query.
 
-    def __init__(self, script: Script):
+    With a tokenizer it does an episode's work on texts too, for the time it takes.
+    """
+
+    def __init__(self, script: Script, tokenizer: Tokenizer | None):
         self.need, self.query, self.documents = Need.TOKENS, "", 0
-        self._script, self._turn = script, 0
+        self._script, self._turn, self._tokenizer = script, 0, tokenizer
+        self._written: list[int] = []
         self.sampled = 0
 
     @property
@@ -46,8 +51,12 @@ class ScriptedEpisode:
         stop: Stop,
     ) -> None:
         self.sampled += len(tokens)
+        self._written += tokens.tolist()
         if stop == Stop.RUNNING:
             return
+        if self._tokenizer:
+            self._tokenizer.decode(self._written)
+        self._written.clear()
         if self._turn == len(self._script.turns):
             self.need = Need.NOTHING
             return
@@ -58,7 +67,10 @@ class ScriptedEpisode:
         turn = self._script.turns[self._turn]
         assert outcome == turn.documents, outcome
         self._turn, self.need = self._turn + 1, Need.TOKENS
-        return list(turn.observation_ids)
+        ids = list(turn.observation_ids)
+        if self._tokenizer:
+            assert self._tokenizer.encode(turn.observation) == ids
+        return ids
 
 
 def make_engine(model: DecoderConfig, params: Params, config: EngineConfig) -> Engine:
@@ -77,16 +89,27 @@ def make_engine(model: DecoderConfig, params: Params, config: EngineConfig) -> E
 
 
 def run_scripts(
-    engine: Engine, scripts: Sequence[Script], *, retrieval_seconds: float = 0.0
+    engine: Engine,
+    scripts: Sequence[Script],
+    *,
+    tokenizer: Tokenizer | None = None,
+    retrieval_seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Plays all scripts once; samples of one question share their prompt."""
+    """Plays all scripts once; samples of one question share their prompt.
+
+    `tokenizer`: of the scripts' texts; none where nothing is read or written as text.
+    """
     by_prompt: dict[tuple[int, ...], list[Script]] = {}
     for script in scripts:
         by_prompt.setdefault(script.prompt_ids, []).append(script)
     samples, episodes = [], []
     for ids, group in by_prompt.items():
         pairs = [
-            (ScriptedEpisode(s), row_seed(0, "bench", 0, s.question_id, 0, s.sample)) for s in group
+            (
+                ScriptedEpisode(s, tokenizer),
+                row_seed(0, "bench", 0, s.question_id, 0, s.sample),
+            )
+            for s in group
         ]
         episodes += [episode for episode, _ in pairs]
         samples.append(Samples(prompt_ids=ids, episodes=pairs))

@@ -55,6 +55,7 @@ def attention_seconds(engine: Engine, live: int) -> float:
     )
     table = jnp.arange(1, per_layer).reshape(rows, each)
     q = jnp.ones((rows, 1, model.num_attention_heads, model.head_dim))
+    append_attend = cache.bind(jax.devices()[0].platform, None)
 
     # As in `decode_chunk`: a loop over steps, whose numbers the compiler does not know.
     def step(i: Array, carry: Any, table: Array, start: Array) -> Any:
@@ -64,7 +65,7 @@ def attention_seconds(engine: Engine, live: int) -> float:
             where = table + layer * per_layer
             # Made of what the layer before has read: it has to be read before this is written.
             new = q[:, :, : model.num_key_value_heads]
-            q, pages = cache.append_attend(pages, q, new, new, where, starts, ones)
+            q, pages = append_attend(pages, q, new, new, where, starts, ones)
         return pages, 1 + q  # nothing so small that a CPU is slow with it
 
     @partial(jax.jit, donate_argnums=0)

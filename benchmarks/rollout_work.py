@@ -319,5 +319,8 @@ def _letters(text: str) -> str:
 
 def _rows(path: Path) -> list[dict]:
     if not path.is_file():
-        raise UserError(f"{path}: not there; the workloads are made of the released transcripts")
+        raise UserError(
+            f"{path}: not there; workloads B and C are made of the transcripts that were released "
+            "with R1-Searcher (repository RUCAIBox/R1-Searcher) and their passages: --data FOLDER"
+        )
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -2,8 +2,9 @@
 
 Axis letters (suffixes of array names, jaxtyping axes and einsum letters):
 
-    B  rows: engine slots or sequences of a learner batch
-    T  positions of a sequence (or of a KV cache)
+    B  rows: sequences of a learner batch, or whose next token is drawn
+    R  rows of an engine program         J  pages of one sequence
+    T  positions of a sequence
     C  steps of a decode chunk
     G  samples of one question (a group)
     N  episodes of a whole rollout
@@ -11,6 +12,9 @@ Axis letters (suffixes of array names, jaxtyping axes and einsum letters):
     H  query heads                       K  key/value heads
     h  width of one head                 V  vocabulary
     L  layers                            S  states of a stop automaton
+
+Two rooms have letters of their own: a vocabulary in blocks is [B N L] in `engine.sampling`, pages
+are [N P C w] in `engine.tpu`.
 
 Everything here is plain data: no I/O, no device work at import.
 """

@@ -24,8 +24,8 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 TOP = {
     "r1s_jax", "configs", "tpu_scripts", "tests", "benchmarks", ".ci",
-    "requirements.txt", "requirements-test.txt", "requirements-tpu.txt", "pyproject.toml",
-    "README.md", "LICENSE",
+    "requirements.txt", "requirements-test.txt", "requirements-tpu.txt", "requirements-gpu.txt",
+    "pyproject.toml", "README.md", "LICENSE",
     ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
 SHARED_BY_SCRIPTS = {"launch", "gin_checks"}

@@ -38,6 +38,7 @@ def main() -> None:
         raise launch.UserError(f"--out {out}: is a file, must be a folder")
     with Progress() as progress:
         parts = build_parts(config.value, checkpoint, training=False)
+        progress.note(f"engine: {parts.engine.plan}")
         params = hf.load_params(parts.checkpoint, parts.model, parts.mesh)
         parts.engine.set_weights(params, 0)
         known, results = floors(parts.eval_questions), {}

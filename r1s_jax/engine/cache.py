@@ -27,6 +27,8 @@ from r1s_jax.models.decoder import DecoderConfig
 # Here keys [N K h p] and values [N K p h]: the orders that the two matmuls of a decode step read
 # contiguously.
 Pages = tuple[Array, ...]
+# Logical axes of the two; the first is the pages of all lanes.
+AXES = (("rows", "kv_heads", None, None), ("rows", "kv_heads", None, None))
 
 
 @runtime_checkable  # for the tests' checks of annotations
@@ -46,8 +48,6 @@ class AppendAttend(Protocol):
     ) -> tuple[Array, Pages]: ...
 
 
-# Logical axes of the two; the first is the pages of all lanes.
-AXES = (("rows", "kv_heads", None, None), ("rows", "kv_heads", None, None))
 # Sequences that a CPU reads together; the longest of them decides how far.
 GROUP = 8
 

@@ -23,7 +23,6 @@ from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import Chunk, EngineConfig
 from r1s_jax.models.decoder import DecoderConfig, Params
 from r1s_jax.sharding import check_divisible, lane_mesh, replicated
-from r1s_jax.types import UserError
 
 # A chunk ends early once one row in so many has stopped and others could take over; twice as many
 # are kept ready beside those that decode.
@@ -101,11 +100,6 @@ class Engine:
 
         Raises UserError where the shapes do not fit each other or the memory.
         """
-        if config.context > model.max_position_embeddings:
-            raise UserError(
-                f"engine.context = {config.context}, the model reaches only to "
-                f"max_position_embeddings = {model.max_position_embeddings}"
-            )
         if len(token_bytes) != model.vocab_size:  # a table that is too short would be read clamped
             raise ValueError(
                 f"token_bytes has {len(token_bytes)} entries, vocab_size = {model.vocab_size}"

@@ -25,6 +25,10 @@ USABLE = 0.9
 _GB = 1e9
 
 
+class DoesNotFit(UserError):
+    """Not one episode has room beside the weights."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a lane (the devices that share one copy of the weights) holds; bytes per device.
@@ -49,6 +53,7 @@ class Plan:
             f"place: {self.cache_bytes / _GB:.2f} GB of cache and {self.weight_bytes / _GB:.2f} GB "
             f"of weights on a device of {self.limit_bytes / _GB:.1f} GB, room for "
             f"{self.lanes * full} episodes of full length"
+            + ("; as they grow long, rows stay empty" if full < self.rows else "")
         )
 
 
@@ -63,19 +68,32 @@ def plan_memory(
 ) -> Plan:
     """Fills what is left of a device with pages, up to what `SLOTS_PER_ROW` can use.
 
-    `mesh` is the engine's, `reserved_bytes` what others hold on every device. Raises UserError if
-    one episode of `config.context` tokens does not fit.
+    `mesh` is the engine's, `reserved_bytes` what others hold on every device. Raises DoesNotFit if
+    one episode of `config.context` tokens has no room, UserError if the model cannot reach so far
+    or a cache of integers would be as large as one without.
     """
+    if config.context > model.max_position_embeddings:
+        raise UserError(
+            f"engine.context = {config.context}, the model reaches only to "
+            f"max_position_embeddings = {model.max_position_embeddings}"
+        )
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
     tensor = mesh.shape["tensor"]
     rows, extend_rows = config.rows // lanes, config.extend_rows // lanes
     weights = weight_bytes(model, mesh, dtype)
     backend = cache_backend(mesh)
-    one = sum(
-        int(np.prod(s.shape)) * s.dtype.itemsize
-        for s in backend.page_shapes(model, 1, config.page, config.cache_dtype(dtype), tensor)
-    )
-    page_bytes = one // tensor
+
+    def bytes_of(kind: DTypeLike) -> int:
+        shapes = backend.page_shapes(model, 1, config.page, kind, tensor)
+        return sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in shapes) // tensor
+
+    page_bytes = bytes_of(config.cache_dtype(dtype))
+    if config.int8_cache and page_bytes >= bytes_of(dtype):
+        raise UserError(
+            f"engine.int8_cache = True saves nothing: with engine.tensor = {tensor} a device has "
+            f"{model.num_key_value_heads // tensor} key/value head, whose integers are padded to "
+            f"the {page_bytes} bytes of a page without"
+        )
     # Logits and what sampling makes of them; the widest activations of an extend call.
     sampled = rows * model.vocab_size // tensor * 4 * 4
     wide = 4 * (model.hidden_size + model.intermediate_size // tensor)
@@ -88,7 +106,7 @@ def plan_memory(
     pages = min(wanted, left // page_bytes)
     least = per_episode + 3
     if pages < least:
-        raise UserError(
+        raise DoesNotFit(
             f"engine.context = {config.context}: one episode needs {least * page_bytes / _GB:.2f} "
             f"GB of cache on a device, {max(left, 0) / _GB:.2f} GB of {limit_bytes / _GB:.2f} are "
             f"left beside {weights / _GB:.2f} GB of weights and {reserved_bytes / _GB:.2f} GB of "

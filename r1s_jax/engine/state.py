@@ -56,7 +56,7 @@ class EngineConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of a decode chunk, handed in by the host and handed back as they end.
+    """The rows of a decode chunk, as the host hands them in.
 
     table_RJ: their pages. lengths_R: cached tokens. pending_R: the last token, known but not in
     the cache yet. budget_R: tokens the row may still sample this turn; 0 where the row is empty.

@@ -7,6 +7,7 @@ stay together), and at the end every host has all groups.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -51,8 +52,12 @@ class RolloutConfig:
                 raise UserError(
                     f"rollout.{field} = {getattr(self, field)}, must be at least {value}"
                 )
-        if self.search_timeout <= 0.0:
-            raise UserError(f"rollout.search_timeout = {self.search_timeout}, must be more than 0")
+        if not 0.0 < self.search_timeout < math.inf:
+            raise UserError(
+                f"rollout.search_timeout = {self.search_timeout}, must be more than 0 and finite"
+            )
+        if self.search_window == math.inf:
+            raise UserError("rollout.search_window = inf, must be finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

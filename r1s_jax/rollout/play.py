@@ -70,8 +70,8 @@ class Samples(Generic[P]):
 class Spent:
     """Where the time of a play went, in seconds, and why the first failed search failed.
 
-    retrieval: while at least one query was out. retrieval_wait: the part of it in which no row
-    could decode, embedding on the device included.
+    retrieval: while at least one query was out, a host's or another's, in whole chunks.
+    retrieval_wait: the part of it in which no row could decode, embedding on the device included.
     """
 
     seconds: float = 0.0
@@ -131,15 +131,17 @@ class _Play(Generic[P]):
                     written.tokens, written.logprobs, written.drawn_logprobs, written.stop
                 )
                 self.go_on(written.slot)
-            asking = time.perf_counter()
+            out, asking = step.searching or self.pool.pending > 0, time.perf_counter()
             self.pool.step()
             if not (step.steps or step.extended):
                 self.pause(step.searching)
-            self.spent.retrieval_wait += time.perf_counter() - asking
+            waited = time.perf_counter() - asking
             for slot, outcome in self.pool.finished():
                 self.answer(slot, outcome)
             now = time.perf_counter()
-            self.spent.retrieval += (now - before) if self.pool.pending else 0.0
+            if out:
+                self.spent.retrieval_wait += waited
+                self.spent.retrieval += now - before
             before = now
         self.spent.seconds = time.perf_counter() - started
         return self.spent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.protocol import tags
 from r1s_jax.rollout.episode import Episode
 from r1s_jax.rollout.loop import Call, Rollout
@@ -63,7 +62,7 @@ def ask(
     rollout.run(
         [Question(id="asked", text=question, answers=())],
         samples=1,
-        sampling=SamplingConfig(temperature=temperature, top_p=config.sampling.top_p),
+        sampling=dataclasses.replace(config.sampling, temperature=temperature),
         call=Call(seed=seed, phase="ask", step=0),
         watch=watch,
     )

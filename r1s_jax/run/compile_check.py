@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from r1s_jax.engine.automaton import StopAutomaton
 from r1s_jax.engine.compiled import Programs
-from r1s_jax.engine.plan import plan_memory
+from r1s_jax.engine.plan import DoesNotFit, plan_memory
 from r1s_jax.engine.programs import StopTables
 from r1s_jax.engine.state import Rows
 from r1s_jax.models.decoder import DecoderConfig, abstract_params
@@ -63,7 +63,7 @@ def check(
     devices = slice_devices(topology)
     chip = CHIPS[devices[0].device_kind]
     shape, name = find_shape(config, model)
-    config = for_slice(config, len(devices), own_mesh=own_mesh)
+    given, config = config, for_slice(config, len(devices), own_mesh=own_mesh)
     live = config.engine.context // 4 if live_tokens is None else live_tokens
     if not 0 < live <= config.engine.context:
         raise UserError(f"--live_tokens {live}: must be from 1 to {config.engine.context}")
@@ -81,6 +81,8 @@ def check(
         f"{engine.extend_rows} of {engine.extend_tokens} tokens, page {engine.page}, context "
         f"{engine.context}, {live} live tokens a row, {config.dtype}."
     )
+    if config != given:
+        print(f"The config is for {given.mesh.size} chips. Here: {' '.join(bindings(config))}")
     learner_bytes = bytes_beside(config, shape, mesh)
     try:
         plan = plan_memory(
@@ -91,7 +93,7 @@ def check(
             limit_bytes=chip.hbm_bytes,
             reserved_bytes=learner_bytes,
         )
-    except UserError as error:
+    except DoesNotFit as error:
         print(f"the engine does not fit: {error}", file=sys.stderr)
         return 1
     print(f"Plan: {plan}.\n", flush=True)
@@ -131,7 +133,8 @@ def find_shape(config: RunConfig, model: str | None) -> tuple[DecoderConfig, str
     """(shape, name) of the policy or of the model that stands in for it.
 
     A folder with a config.json, or a model whose shape is kept in configs/models: by the name of
-    its folder there, or by the hub's (`Qwen/Qwen2.5-7B` is qwen2_5_7b). Only then is the hub asked.
+    its folder there, or by the hub's (`Qwen/Qwen2.5-7B` is qwen2_5_7b). The hub is asked for a
+    policy that is neither.
     """
     name = config.policy.checkpoint if model is None else model
     kept = Path(name).name.lower().replace(".", "_").replace("-", "_")
@@ -141,8 +144,18 @@ def find_shape(config: RunConfig, model: str | None) -> tuple[DecoderConfig, str
             return read_config(folder), name
     known = ", ".join(sorted(path.parent.name for path in shapes.glob("*/config.json")))
     if model is not None:
-        raise UserError(f"--model {model}: no folder with a config.json, and none of {known}")
-    return read_config(find_policy(config.policy)), name
+        raise UserError(
+            f"--model {model}: no folder with a config.json, and none of {known} (ids of the hub "
+            "belong into run.PolicyConfig.checkpoint)"
+        )
+    folder = find_policy(config.policy)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"policy.checkpoint = {name!r}: no config.json there; "
+            f"{config.policy.source or 'put it there'}, or give its shape with --model: a folder "
+            f"with a config.json, or one of {known}"
+        )
+    return read_config(folder), name
 
 
 def for_slice(config: RunConfig, chips: int, *, own_mesh: bool = False) -> RunConfig:
@@ -173,6 +186,17 @@ def for_slice(config: RunConfig, chips: int, *, own_mesh: bool = False) -> RunCo
         ),
         learner=dataclasses.replace(learner, rows=scaled(learner.rows)),
     )
+
+
+def bindings(config: RunConfig) -> list[str]:
+    """What `for_slice` decides, as options for the other scripts."""
+    values = {
+        **{f"sharding.MeshConfig.{k}": v for k, v in dataclasses.asdict(config.mesh).items()},
+        "engine.EngineConfig.rows": config.engine.rows,
+        "engine.EngineConfig.extend_rows": config.engine.extend_rows,
+        "learner.LearnerConfig.rows": config.learner.rows,
+    }
+    return [f"--gin '{name} = {value}'" for name, value in values.items()]
 
 
 def engine_programs(

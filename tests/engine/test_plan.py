@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from unittest import mock
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from r1s_jax.engine import plan as memory
+from r1s_jax.engine import tpu
 from r1s_jax.engine.plan import device_memory, plan_memory, weight_bytes
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models.decoder import DecoderConfig
@@ -134,6 +137,25 @@ def test_a_context_that_cannot_fit_is_refused():
                 reserved_bytes=int(reserved * gigabyte),
             )  # fmt: skip
         assert str(e.value) == f"engine.context = 32768: one episode {message}"
+
+
+def test_what_cannot_be_is_refused_before_memory_is_counted(monkeypatch):
+    """A context beyond the model's reach; integers that are padded to what they should save."""
+    config = EngineConfig(rows=8, context=200_000)
+    mesh = lane_mesh(make_mesh(MeshConfig(tensor=4)))
+    fit = functools.partial(plan_memory, QWEN_7B, dtype=jnp.bfloat16, limit_bytes=10**12)
+    with pytest.raises(UserError, match=r"engine.context = 200000, .* max_position_embeddings = "):
+        fit(config=config, mesh=mesh)
+    monkeypatch.setattr(memory, "cache_backend", lambda mesh: tpu)
+    config = EngineConfig(rows=8, context=8192, int8_cache=True)
+    with pytest.raises(UserError, match=r"int8_cache = True saves nothing: .* 1 key/value head"):
+        fit(config=config, mesh=mesh)
+    two_heads = lane_mesh(make_mesh(MeshConfig(tensor=2)))
+    halved, whole = (
+        fit(config=dataclasses.replace(config, int8_cache=small), mesh=two_heads).cache_bytes
+        for small in (True, False)
+    )
+    assert halved * 2 == whole
 
 
 def test_device_memory():

@@ -210,6 +210,9 @@ def test_page_shapes():
     assert tpu.page_shape(4, 128, jnp.bfloat16, 4, 64) == (64, 8, 128)
     assert tpu.page_shape(3, 64, jnp.float32, 1, 32) == (32, 8, 128)
     assert tpu.page_shape(10, 80, jnp.bfloat16, 2, 64) == (64, 32, 128)
+    # Integers are four to a word: a head alone gets company.
+    assert tpu.page_shape(4, 128, jnp.int8, 2, 64) == (64, 8, 128)
+    assert tpu.page_shape(4, 128, jnp.int8, 4, 64) == (64, 16, 128)
 
 
 def test_what_the_kernels_cannot_take_is_refused():

@@ -171,6 +171,23 @@ def other_engine():
     return counter.count, sampled, greedy
 
 
+def test_waiting_for_a_search_is_measured():
+    """One episode: while its query is out nothing else can run."""
+    delay = 0.1
+
+    class Late:
+        def search(self, queries, k):
+            time.sleep(delay)
+            return RETRIEVER.search(queries, k)
+
+    searches = {question: len(t.searches) for (question, i), t in base().items() if i == 0}
+    asked = max(tiny.QUESTIONS, key=lambda q: searches[q.id])
+    rollout = Rollout(tiny.engine(), tiny.tokenizer(), tiny.PROMPT, Late(), CONFIG)
+    result = rollout.run([asked], samples=1, sampling=tiny.SAMPLED, call=CALL)
+    waited = result.retrieval_wait_seconds
+    assert 0 < delay * searches[asked.id] <= waited <= result.retrieval_seconds <= result.seconds
+
+
 def test_nothing_compiles_after_warm_up():
     """Invariant 10: sampled and greedy-with-bans rollouts and new weights, no compilation."""
     assert other_engine()[0] == 0

@@ -24,11 +24,13 @@ from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models.decoder import abstract_params
 from r1s_jax.models.families import config_json
 from r1s_jax.run import compile_check, roofline
+from r1s_jax.run.config import PolicyConfig
 from r1s_jax.sharding import MeshConfig, lane_mesh, make_mesh, named_sharding
 from r1s_jax.types import UserError
 from tests import tiny
 
 SCRIPT = launch.ROOT / "tpu_scripts" / "compile_check.py"
+MODEL = dataclasses.replace(tiny.MODEL, max_position_embeddings=384)
 CHIP = roofline.Chip(name="toy", hbm_bytes=10**9, bytes_per_second=1e9, flops_per_second=1e12)
 
 
@@ -139,7 +141,7 @@ def four_devices(monkeypatch):
 
 def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, monkeypatch):
     """Exit codes 0 and 1: the same programs on chips of three sizes."""
-    (tmp_path / "config.json").write_text(json.dumps(config_json(tiny.MODEL, (0,), 0)))
+    (tmp_path / "config.json").write_text(json.dumps(config_json(MODEL, (0,), 0)))
     check = functools.partial(compile_check.check, TINY, topology="toy:2x2", model=str(tmp_path))
     four_devices(10**9)
     assert check() == 0
@@ -204,6 +206,12 @@ def test_shapes_that_are_kept():
     assert parameters("meta-llama/Llama-3.1-8B-Instruct") == 8_030_261_248
     shape, name = compile_check.find_shape(TINY, None)
     assert shape.vocab_size == 1024 and name == "configs/models/tiny_base"
+    # What another run is still to write has no shape yet.
+    unwritten = dataclasses.replace(TINY, policy=PolicyConfig(checkpoint="runs/none_such/hf"))
+    with pytest.raises(
+        UserError, match=r"policy.checkpoint = 'runs/none_such/hf': .* with --model: "
+    ):
+        compile_check.find_shape(unwritten, None)
 
 
 def gathered(programs, mesh, model):
@@ -230,7 +238,7 @@ def gathered(programs, mesh, model):
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_weights_are_rounded_before_they_travel_and_never_all_at_once(tensor):
     """f16 here, since CPUs widen bf16 for their collectives; the largest piece is one table."""
-    model = dataclasses.replace(tiny.MODEL, num_hidden_layers=8)
+    model = dataclasses.replace(MODEL, num_hidden_layers=8)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     lanes = lane_mesh(mesh, tensor)
     config = EngineConfig(rows=8, extend_rows=8, tensor=tensor)
@@ -254,6 +262,14 @@ def test_a_mesh_of_another_size():
         compile_check.for_slice(stage2, 16, own_mesh=True)
     with pytest.raises(UserError, match=r"tensor = 4 does not divide the slice's 6 chips"):
         compile_check.for_slice(stage2, 6)
+
+
+def test_what_is_checked_can_be_trained():
+    """The options that are printed make the configuration that was checked."""
+    stage2 = launch.load_config("stage2").value
+    checked = compile_check.for_slice(stage2, 16)
+    options = " ".join(compile_check.bindings(checked)).removeprefix("--gin '").removesuffix("'")
+    assert launch.load_config("stage2", options.split("' --gin '")).value == checked != stage2
 
 
 def test_refusals(four_devices):
