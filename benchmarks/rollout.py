@@ -47,7 +47,7 @@ from tests.real import smollm2  # noqa: E402
 PEERS = HERE / "rollout_peers"
 A_ENGINE = EngineConfig(rows=16, chunk=128, context=work.A_CACHE, page=128)
 B_ROWS = 32
-C_SHAPES = ((64, 32), (16, 16))  # rows, steps of a chunk
+C_SHAPES = ((64, 32), (16, 4))  # rows, steps of a chunk
 C_SECONDS = 0.2  # of a search
 A_SECONDS = 3.0  # of a turn at least: the first runs after a pause are slower
 SLICES = (
@@ -350,10 +350,11 @@ def main() -> int:
     whole = args.tunix_python and args.tpu_python and not args.only
     out = args.out or (HERE / "rollout.md" if whole else None)
     chosen = args.only or ["A", "C", "step", *["slices"] * bool(args.tpu_python), "B"]
-    command = "python benchmarks/rollout.py " + " ".join(sys.argv[1:])
+    words = ("PATH" if os.sep in word else word for word in sys.argv[1:])
+    command = " ".join(("python benchmarks/rollout.py", *words))
     device = jax.devices()[0].device_kind
     parts = [
-        f"# Rollouts\n\n`{command.strip()}`, {os.cpu_count()} cores ({platform.machine()}), "
+        f"# Rollouts\n\n`{command}`, {os.cpu_count()} cores ({platform.machine()}), "
         f"{device}, Python {platform.python_version()}, jax {jax.__version__}.\n"
     ]
     try:
