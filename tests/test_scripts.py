@@ -213,6 +213,7 @@ def test_export_refuses_and_touches_nothing(world, monkeypatch, tmp_path):
     assert changed == {world / "policy" / "config.json"}
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_an_export(world, tmp_path):
     """The script itself: one line, exit code 2, and neither a new folder nor half of one.
 

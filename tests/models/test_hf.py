@@ -180,6 +180,7 @@ def test_an_export_that_cannot_be_finished(tokenizer_folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.slow
 def test_an_export_killed_in_the_middle(tokenizer_folder, tmp_path):
     """What SIGKILL leaves behind does not load, and the next export clears it away."""
     script = (

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from r1s_jax.models import hf
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # two processes that compile everything
 CHILD = """
 import json, sys
 import jax

@@ -134,6 +134,7 @@ def test_vectors_equal_those_of_transformers(folder, pooling):
     close(ours.embed(texts), theirs(folder, texts, pooling))
 
 
+@pytest.mark.slow
 def test_real_minilm():
     """all-MiniLM-L6-v2 on 60 real passages, and on one that is cut."""
     folder, texts = real.minilm(), real.passages(60)

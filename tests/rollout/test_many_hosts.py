@@ -21,6 +21,7 @@ from tests import tiny
 from tests.rollout import host_program
 from tests.turns import assert_same_trajectories
 
+pytestmark = pytest.mark.slow  # pairs of processes that compile everything
 MAIN = "import sys; from tests.rollout import host_program as p; p.main({}, {}, {!r}, {})"
 # Seconds; where a host waits for another that never comes, both are ended by then.
 LONGEST = 900
@@ -182,7 +183,6 @@ def hosts_often(tmp_path_factory):
     return played_by_two(tmp_path_factory.mktemp("often"), (20, 20))
 
 
-@pytest.mark.slow
 def test_twenty_times(hosts_often):
     """20 rollouts, each with other delays on each host, are one."""
     played = both(hosts_often, "late")
@@ -191,7 +191,6 @@ def test_twenty_times(hosts_often):
         assert_same(result, alone())
 
 
-@pytest.mark.slow
 def test_twenty_times_with_lanes_of_two_devices(hosts_often):
     """2x2x2 devices; also with weights that came from a learner split over the hosts.
 
@@ -205,7 +204,6 @@ def test_twenty_times_with_lanes_of_two_devices(hosts_often):
     assert_nearly_same(one)
 
 
-@pytest.mark.slow
 def test_hosts_whose_devices_take_turns(hosts_often):
     """Whose lanes are not next to each other: each still gets its own."""
     (result,) = both(hosts_often, "in turns")

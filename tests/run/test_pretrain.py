@@ -104,6 +104,7 @@ def test_batches_hold_every_lesson_once(world, tokenizer):
     assert sorted(rows) == sorted(wanted)  # the first token is predicted by nothing
 
 
+@pytest.mark.slow
 def test_muon_takes_the_matrices_and_adam_the_rest():
     """Muon's updates of a layer's matrix are orthogonal, whatever the gradient's scale."""
     params = init_params(CONFIG.decoder, 0)
@@ -120,6 +121,7 @@ def test_muon_takes_the_matrices_and_adam_the_rest():
     np.testing.assert_allclose(moved, moved.max(), rtol=1e-3)  # Adam on a constant gradient
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_seed_decides_the_weights(world, tokenizer):
     def run():
         writer = TranscriptWriter(world, documents=2, seed=0)
