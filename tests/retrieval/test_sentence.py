@@ -146,13 +146,8 @@ def test_real_minilm():
     expected = np.zeros((len(texts), 384), np.float32)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for some in np.array_split(order, 4):
-        batch = tokenizer(
-            [texts[i] for i in some],
-            padding=True,
-            truncation=True,
-            max_length=256,
-            return_tensors="pt",
-        )
+        inputs, cut = [texts[i] for i in some], {"truncation": True, "max_length": 256}
+        batch = tokenizer(inputs, padding=True, return_tensors="pt", **cut)
         with torch.no_grad():
             states = model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None]
