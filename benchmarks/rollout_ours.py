@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +122,6 @@ def run_scripts(
     assert sum(e.sampled for e in episodes) == sum(s.sampled for s in scripts)
     return {
         "seconds": spent.seconds,
-        "retrieval_seconds": spent.retrieval,
         "retrieval_wait_seconds": spent.retrieval_wait,
         "episodes": len(scripts),
         "tokens": work.sampled_tokens,
@@ -143,20 +141,16 @@ class Watch:
     count: int
     started: dict[int, None] = dataclasses.field(default_factory=dict)
     full: Work | None = None
-    begun: float = dataclasses.field(default_factory=time.perf_counter)
-    full_seconds: float = 0.0
 
     def __call__(self, episode: ScriptedEpisode) -> None:
         self.started[id(episode)] = None
         if self.full is None and len(self.started) == self.count:
             self.full = self.engine.work
-            self.full_seconds = time.perf_counter() - self.begun
 
     def figures(self) -> dict[str, Any]:
         assert self.full is not None
         work, full = self.engine.work, self.full
         return {
-            "full_seconds": self.full_seconds,
             "full_tokens": full.sampled_tokens,
             "full_row_steps": full.row_steps,
             "drain_tokens": work.sampled_tokens - full.sampled_tokens,

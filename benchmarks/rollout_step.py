@@ -22,7 +22,7 @@ ROUNDS = 5
 
 
 def step_seconds(engine: Engine, live: int) -> float:
-    """Seconds of a decode step while every row holds `live` tokens: the best of four chunks."""
+    """Seconds of a decode step of rows that begin with `live` tokens: the best of its chunks."""
     rng = np.random.default_rng(0)
     slots = []
     for row in range(engine.config.rows):

@@ -44,9 +44,7 @@ class Loop:
             eos_token_id=None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        self.counts = dict.fromkeys(
-            ("tokens", "prefilled", "prefilled_padded", "steps", "context"), 0
-        )
+        self.counts = dict.fromkeys(("tokens", "prefilled", "prefilled_padded", "context"), 0)
 
     def play(self, episodes: list[dict[str, Any]]) -> None:
         """Plays one batch to its end."""
@@ -73,7 +71,6 @@ class Loop:
                     texts[row] += episodes[row]["observations"][turn]
             real = int(inputs["attention_mask"].sum())
             self.counts["tokens"] += sum(lengths)
-            self.counts["steps"] += longest * len(episodes)
             self.counts["prefilled"] += real
             self.counts["prefilled_padded"] += inputs["input_ids"].numel()
             if turn == turns - 1:

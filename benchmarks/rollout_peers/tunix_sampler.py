@@ -103,17 +103,9 @@ def main() -> None:
             "context": prompts.size + tokens,
         }
 
-    def logits(path: str) -> dict[str, Any]:
-        """Writes the logits of the prompts, [rows, length, vocabulary], for a comparison."""
-        rows, length = prompts.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
-        np.save(path, model(jnp.asarray(prompts), positions, None, causal)[0])
-        return {"saved": path}
-
     for _ in range(3):
         run()
-    serve({"ready": "tunix", "jax": jax.__version__}, {"run": run, "logits": logits})
+    serve({"ready": "tunix", "jax": jax.__version__}, {"run": run})
 
 
 if __name__ == "__main__":
