@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
+    "rank": None,
     "norm": None,
 }
 

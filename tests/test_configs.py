@@ -71,7 +71,7 @@ def test_the_papers_settings(name, episodes, batch, estimator, kl, reward):
     assert run.samples_per_question == 16
     assert run.questions_per_step * 16 == episodes
     assert episodes / run.learner.updates_per_rollout == batch
-    assert (run.learner.estimator, run.learner.kl_coefficient) == (estimator, kl)
+    assert (run.learner.algorithm.estimator, run.learner.algorithm.kl_weight) == (estimator, kl)
     assert [stage.reward for stage in run.stages] == [reward]
     rates = (run.learner.learning_rate, run.learner.adam_b1, run.learner.adam_b2)
     assert rates == (2e-6, 0.9, 0.95)
@@ -86,13 +86,13 @@ def test_a_misspelt_binding_names_file_and_line(tmp_path):
     shutil.copytree(launch.CONFIGS, tmp_path / "configs")
     path = tmp_path / "configs" / "presets" / "paper.gin"
     lines = path.read_text().splitlines()
-    at = next(i for i, line in enumerate(lines) if "top_p" in line)
-    lines[at] = lines[at].replace("top_p", "top_q")
+    at = next(i for i, line in enumerate(lines) if "temperature" in line)
+    lines[at] = lines[at].replace("temperature", "temprature")
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError) as caught:
         launch.load_config("stage2", configs=tmp_path / "configs")
     message = str(caught.value)
-    assert f"presets/paper.gin:{at + 1}: " in message and "top_q" in message
+    assert f"presets/paper.gin:{at + 1}: " in message and "temprature" in message
     assert "\n" not in message
 
 

@@ -8,7 +8,7 @@ import launch
 from r1s_jax.models import hf
 from r1s_jax.retrieval.embed import TfidfSvdConfig, TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex
-from r1s_jax.rl.learner import LearnerState
+from r1s_jax.rl.programs import LearnerState
 from r1s_jax.run.checkpoint import Checkpointer
 from r1s_jax.run.rundir import open_run_dir
 from r1s_jax.types import Document
@@ -35,7 +35,7 @@ SHAPES = {
     "rollout.RolloutConfig.max_new_tokens": "40",
     "learner.LearnerConfig.rows": "4",
     "learner.LearnerConfig.updates_per_rollout": "1",
-    "learner.LearnerConfig.length_buckets": "(176,)",
+    "learner.LearnerConfig.row_tokens": "176",
 }
 DOCUMENTS = [Document(id=f"d{i}", title=f"t{i}", text=f"w{i} x{i % 3}") for i in range(12)]
 

@@ -103,11 +103,7 @@ class Scan:
                 if not statement.module.startswith("__gin__."):
                     imports[statement.bound_name()] = statement
             elif isinstance(statement, config_parser.IncludeStatement):
-                inner = Scan(self.configs)
-                path = self.configs / statement.filename
-                inner.read(path.read_text(), str(path))
-                self.bindings += inner.bindings
-                included.append(inner)
+                included.append(self._included(statement))
             elif isinstance(statement, config_parser.BindingStatement):
                 line = f"{shown(where)}:{statement.location.line_num}"
                 self.bindings.append(_bound(statement, resolve, line))
@@ -116,14 +112,24 @@ class Scan:
                 self.imports.setdefault(symbol, statement)
 
     def read_binding(self, text: str) -> list[Binding]:
+        """Reads what was given with --gin or --preset; returns the bindings of the text itself."""
         resolve = functools.partial(_resolve, self.imports)
-        found = [
-            _bound(statement, resolve, f"--gin {text!r}")
-            for statement in config_parser.ConfigParser(text, _Delegate(resolve))
-            if isinstance(statement, config_parser.BindingStatement)
-        ]
+        found = []
+        for statement in config_parser.ConfigParser(text, _Delegate(resolve)):
+            if isinstance(statement, config_parser.BindingStatement):
+                found.append(_bound(statement, resolve, f"--gin {text!r}"))
+            elif isinstance(statement, config_parser.IncludeStatement):
+                for symbol, import_ in self._included(statement).imports.items():
+                    self.imports.setdefault(symbol, import_)
         self.bindings += found
         return found
+
+    def _included(self, statement: config_parser.IncludeStatement) -> Scan:
+        inner = Scan(self.configs)
+        path = self.configs / statement.filename
+        inner.read(path.read_text(), str(path))
+        self.bindings += inner.bindings
+        return inner
 
     def check(self) -> None:
         """Types, macros without a value, and scopes that no reference enters."""

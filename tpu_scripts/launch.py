@@ -80,6 +80,15 @@ def parse_args(
     parser.add_argument("--config", metavar="NAME", help="reads configs/NAME.gin")
     parser.add_argument("--run_dir", metavar="DIR", help="where the run is written; may be gs://")
     parser.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        dest="gin",
+        type=_included,
+        metavar="NAME",
+        help="includes configs/NAME.gin on top, such as algorithms/grpo or meshes/v5e_64",
+    )
+    parser.add_argument(
         "--gin",
         action="append",
         default=[],
@@ -89,6 +98,15 @@ def parse_args(
     if add is not None:
         add(parser)
     return parser.parse_args(argv)
+
+
+def _included(preset: str) -> str:
+    """A preset as a binding: presets and bindings take effect in the order they are given in."""
+    if not (CONFIGS / f"{preset}.gin").is_file():
+        kinds = ("algorithms", "samplers", "meshes")
+        known = sorted(f"{k}/{p.stem}" for k in kinds for p in (CONFIGS / k).glob("*.gin"))
+        raise UserError(f"--preset {preset}: no such file in configs; there are: {', '.join(known)}")
+    return f'include "{preset}.gin"'
 
 
 def prepare_environment() -> None:
@@ -116,16 +134,24 @@ def run_main(fn: Callable[[], int | None]) -> NoReturn:
     prepare_environment()
     try:
         code = fn() or 0
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = 2
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except BaseException as error:
+        known = explain(error)
+        if known is None:
+            raise
+        code, line = known
+        print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, line for stderr) of what `run_main` lists; None for a bug."""
+    if isinstance(error, UserError):
+        return 2, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        return 2, f"error: {error.filename}: {error.strerror}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return None
 
 
 # ---------------------------------------------------------------- configuration
@@ -220,7 +246,7 @@ def _load(
         scan.read(text, where)
         overrides = []
         for binding in bindings:
-            with _OneLineErrors(f"--gin {binding!r}", located=False):
+            with _includes_from(configs), _OneLineErrors(f"--gin {binding!r}", located=False):
                 gin.parse_config("\n".join([*scan.import_lines(), binding]))
                 overrides += scan.read_binding(binding)
         scan.check()

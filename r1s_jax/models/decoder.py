@@ -201,7 +201,7 @@ def layer(
     """One pre-norm block: attention, then a gated feed-forward network; and `attend`'s cache."""
     rows, length, _ = x_BTD.shape
     normed = rms_norm(x_BTD, params["input_norm"], config.rms_norm_eps)
-    q, k, v = (normed @ params[f"{n}_kernel"] for n in "qkv")
+    q, k, v = (project(params, n, normed) for n in "qkv")
     if config.attention_bias:
         q, k, v = q + params["q_bias"], k + params["k_bias"], v + params["v_bias"]
     q = q.reshape(rows, length, config.num_attention_heads, config.head_dim)
@@ -211,10 +211,18 @@ def layer(
         q = rms_norm(q, params["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], config.rms_norm_eps)
     mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    x_BTD = x_BTD + mixed.reshape(rows, length, -1) @ params["o_kernel"]
+    x_BTD = x_BTD + project(params, "o", mixed.reshape(rows, length, -1))
     normed = rms_norm(x_BTD, params["mlp_norm"], config.rms_norm_eps)
-    gated = jax.nn.silu(normed @ params["gate_kernel"]) * (normed @ params["up_kernel"])
-    return x_BTD + gated @ params["down_kernel"], cache
+    gated = jax.nn.silu(project(params, "gate", normed)) * project(params, "up", normed)
+    return x_BTD + project(params, "down", gated), cache
+
+
+def project(params: Params, name: str, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+    """A layer's linear kernel, and its low-rank adapter where there is one (`models.lora`)."""
+    y = x @ params[f"{name}_kernel"]
+    if f"{name}_lora_a" in params:
+        y = y + (x @ params[f"{name}_lora_a"]) @ params[f"{name}_lora_b"]
+    return y
 
 
 def rms_norm(
@@ -282,4 +290,12 @@ def bind(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) 
     With `dtype` it computes in that type, whatever the parameters' own; sums that need it (norms,
     softmax, logits) stay f32.
     """
-    return bound(lambda: Decoder(config, rngs=nnx.Rngs(0)), params, dtype)
+
+    def build() -> Decoder:
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        for name, p in params["layers"].items():
+            if not hasattr(decoder.layers, name):  # adapters, see `models.lora`
+                setattr(decoder.layers, name, nnx.Param(jnp.zeros(p.shape, p.dtype)))
+        return decoder
+
+    return bound(build, params, dtype)

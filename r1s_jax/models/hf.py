@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +105,40 @@ def export(
         UserError: `source` has no tokenizer, or the folder cannot be written, for want of room for
             example; what stood there before still stands.
     """
-    folder, source = Path(folder).resolve(), Path(source)
+    folder, source = Path(folder), Path(source)
     if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{source}: holds no tokenizer.json, which the export takes over")
+    with written_whole(folder) as part:
+        weights.save(part, keys(config), params, dtype=dtype, shard_bytes=shard_bytes)
+        if jax.process_index() == 0:
+            _write_rest(part, config, source, eos_ids, pad_id, dtype, card)
+    return folder.resolve()
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which takes `folder`'s place once the block has ended well.
+
+    On several hosts all of them enter; process 0 alone creates, moves and removes.
+
+    Raises:
+        UserError: the system refused a write; what stood there before still stands.
+    """
+    folder = folder.resolve()
     # The process's own: two exports to one folder must not write into each other's files.
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         if jax.process_index() == 0:
             _clear_up(folder)
             part.mkdir(parents=True)
-        weights.save(part, keys(config), params, dtype=dtype, shard_bytes=shard_bytes)
+        yield part
         if jax.process_index() == 0:
-            _write_rest(part, config, source, eos_ids, pad_id, dtype, card)
             _replace(folder, part)
     except OSError as e:
         raise UserError(f"{folder}: cannot be written: {e.strerror or e}") from e
     finally:
         if jax.process_index() == 0:
             shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _write_rest(
@@ -139,14 +156,14 @@ def _write_rest(
     raw = config_json(config, eos_ids, pad_id)
     if not (part / GENERATION).exists():
         generation = {field: raw[field] for field in ("eos_token_id", "pad_token_id")}
-        _write_json(part / GENERATION, generation)
+        write_json(part / GENERATION, generation)
     if (source / CONFIG).is_file() and read_config(source) == config:
         raw = read_json(source / CONFIG)
     raw.pop("dtype", None)
     if card:
         (part / CARD).write_text(card, "utf-8")
     # Last of all: without it nothing loads a folder that was left half written.
-    _write_json(part / CONFIG, {**raw, "torch_dtype": jnp.dtype(dtype).name})
+    write_json(part / CONFIG, {**raw, "torch_dtype": jnp.dtype(dtype).name})
 
 
 def _clear_up(folder: Path) -> None:
@@ -175,5 +192,6 @@ def _replace(folder: Path, part: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes an object as the Hub's own files look: indented, a line break at its end."""
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

@@ -91,6 +91,7 @@ def check(
     *,
     prefixes: Sequence[str] = ("",),
     ignored: Sequence[str] = (),
+    files: str = "",
 ) -> dict[str, _Stored]:
     """Finds every tensor that the key table wants, reading headers only.
 
@@ -99,14 +100,16 @@ def check(
         keys, abstract: a tree of `Key`s and one of ShapeDtypeStructs, of the same form.
         prefixes: what may stand in front of all names; the one that finds most of them is taken.
         ignored: patterns of names that may be there and are not read.
+        files: what the names of the folder's files begin with ("adapter_" for PEFT's).
 
     Raises:
         UserError: no weights, a broken file or index, missing, surplus or misshapen tensors.
     """
-    parameters, stored = list(_parameters(keys, abstract)), _headers(Path(folder))
+    parameters, stored = list(_parameters(keys, abstract)), _headers(Path(folder), files)
+    config = f"{files}config.json"
     count = sum(p.shape[0] if p.key.stacked else 1 for p in parameters)
     if count > _MOST_TENSORS:  # a config gone wrong; the names alone would fill the memory
-        raise UserError(f"{folder}: config.json asks for {count} tensors, {len(stored)} are there")
+        raise UserError(f"{folder}: {config} asks for {count} tensors, {len(stored)} are there")
     wanted = {name: shape for parameter in parameters for name, shape in parameter.tensors()}
     prefix = max(prefixes, key=lambda p: sum(p + name in stored for name in wanted))
     stored = {name.removeprefix(prefix): value for name, value in stored.items()}
@@ -118,7 +121,7 @@ def check(
     ]
     for name, shape in sorted(wanted.items()):
         if name in stored and stored[name].shape != shape:
-            problems.append(f"{name} is {list(stored[name].shape)}, config.json says {list(shape)}")
+            problems.append(f"{name} is {list(stored[name].shape)}, {config} says {list(shape)}")
         elif name in stored and stored[name].code not in _DTYPES:
             known = ", ".join(_DTYPES)
             problems.append(f"{name} is of type {stored[name].code}, must be one of {known}")
@@ -137,13 +140,14 @@ def load(
     *,
     prefixes: Sequence[str] = ("",),
     ignored: Sequence[str] = (),
+    files: str = "",
 ) -> Tree:
     """Reads a checkpoint into `abstract`'s shapes and types, laid out by `axes` over the mesh.
 
     Extra host memory: two tensors of the checkpoint at most. Raises what `check` raises, and
     UserError where a parameter does not divide over the mesh.
     """
-    stored = check(folder, keys, abstract, prefixes=prefixes, ignored=ignored)
+    stored = check(folder, keys, abstract, prefixes=prefixes, ignored=ignored, files=files)
     parameters = list(_parameters(keys, abstract, axes))
     for p in parameters:
         check_divisible(mesh, p.key.name, p.shape, p.axes)
@@ -210,19 +214,21 @@ def _parameters(keys: Tree, abstract: Tree, axes: Tree = None) -> Iterator[_Para
         yield _Parameter(key, tuple(leaf.shape), leaf.dtype, names)
 
 
-def _headers(folder: Path) -> dict[str, _Stored]:
+def _headers(folder: Path, prefix: str) -> dict[str, _Stored]:
     """Every tensor of the folder by name. An index decides which files count, if there is one."""
     from safetensors import SafetensorError, safe_open
 
-    if (folder / INDEX).is_file() and (folder / SINGLE).is_file():  # others would read the latter
-        raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is stale")
-    placed = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
+    single, index = folder / f"{prefix}{SINGLE}", folder / f"{prefix}{INDEX}"
+    if index.is_file() and single.is_file():  # others would read the latter
+        both = f"{single.name} and {index.name}"
+        raise UserError(f"{folder}: holds both {both}; remove the one that is stale")
+    placed = _read_index(index) if index.is_file() else None
     if placed is not None:
         files = sorted({folder / file for file in placed.values()})
         if absent := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{folder / INDEX}: names {absent[0]}, which is not there")
-    elif (folder / SINGLE).is_file():
-        files = [folder / SINGLE]
+            raise UserError(f"{index}: names {absent[0]}, which is not there")
+    elif single.is_file():
+        files = [single]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -242,7 +248,7 @@ def _headers(folder: Path) -> dict[str, _Stored]:
     for name, file in (placed or {}).items():
         if name not in found or found[name].file.name != file:
             where = found[name].file.name if name in found else "no file"
-            raise UserError(f"{folder / INDEX}: says {name} is in {file}, it is in {where}")
+            raise UserError(f"{index}: says {name} is in {file}, it is in {where}")
     return found
 
 
@@ -281,31 +287,38 @@ class _Piece(NamedTuple):
 
 
 def save(
-    folder: Path, keys: Tree, params: Tree, *, dtype: Any, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    keys: Tree,
+    params: Tree,
+    *,
+    dtype: Any,
+    shard_bytes: int = SHARD_BYTES,
+    files: str = "",
 ) -> None:
     """Writes the parameters as safetensors in `dtype`: one file, or shards and their index.
 
     On several hosts all of them call this; process 0 writes, the others bring what they hold.
-    Extra host memory: two tensors of the checkpoint at most. Raises OSError as the disk does.
+    Extra host memory: two tensors of the checkpoint at most. `files` as in `check`. Raises OSError
+    as the disk does.
     """
     dtype = np.dtype(dtype)
     shards = _shards(list(_pieces(keys, params)), dtype.itemsize, shard_bytes)
     count = len(shards)
-    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    files = [SINGLE] if count == 1 else files
-    for file, shard in zip(files, shards, strict=True):
+    names = [f"{files}model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    names = [f"{files}{SINGLE}"] if count == 1 else names
+    for name, shard in zip(names, shards, strict=True):
         tensors = (piece.fetch(dtype) for piece in shard)
         if jax.process_index() == 0:
-            _write(folder / file, shard, dtype, tensors)
+            _write(folder / name, shard, dtype, tensors)
         else:
             for _ in tensors:
                 pass
     if count > 1 and jax.process_index() == 0:
-        pairs = zip(files, shards, strict=True)
-        placed = {piece.name: file for file, shard in pairs for piece in shard}
+        pairs = zip(names, shards, strict=True)
+        placed = {piece.name: name for name, shard in pairs for piece in shard}
         total = sum(math.prod(piece.shape) for shard in shards for piece in shard) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        (folder / f"{files}{INDEX}").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _pieces(keys: Tree, params: Tree) -> Iterator[_Piece]:

@@ -3,29 +3,31 @@
 An estimator is two choices: what a group of samples of one question does to its rewards, and
 whether the result is whitened over the batch.
 
-    reinforce_plus_plus_baseline   r - mean_g, whitened             (the paper's; 2501.03262)
-    grpo                           (r - mean_g) / (std_g + 1e-9)    (unbiased std; 2402.03300)
+    reinforce_plus_plus_baseline   r - mean_g, whitened                  (the paper's; 2501.03262)
+    grpo                           (r - mean_g) / (std_g + 1e-9)         (unbiased std; 2402.03300)
+    rloo                           r - mean of the others in the group   (2402.14740)
+    dr_grpo                        r - mean_g                            (2503.20783)
 
 The reward sits on the last token and gamma = 1, so the return-to-go is the same number on every
 token of an episode: the advantage is one scalar per episode, broadcast by the loss over its
 sampled tokens. Whitening is over *tokens*: an episode counts as often as it has sampled tokens.
 It is over the whole rollout batch, so the caller passes all episodes of all hosts at once.
 
-A KL penalty (k1, off by default) is part of the reward: -beta * (log pi_old - log pi_ref) on each
-sampled token. Its return-to-go differs from token to token, so it enters between the group
-baseline and the whitening and makes the advantages token-wise: `token_advantages`.
+A KL penalty of kind k1 is part of the reward: -beta * (log pi_old - log pi_ref) on each sampled
+token. Its return-to-go differs from token to token, so it enters between the group baseline and
+the whitening and makes the advantages token-wise: `token_advantages`.
 
 Conventions and departures from the released code:
   - rewards are clamped to +-10 before the group baseline;
   - sigma of the whitening is the population one over tokens, sqrt(max(variance, 1e-8));
   - whitening moves a group whose rewards are all equal by -mu/sigma (faithful). Who wants it
-    gone leaves the episodes of such groups out beforehand: `has_contrast`.
+    gone keeps the episodes of such groups out: `has_contrast`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -54,9 +56,16 @@ def _standardised(rewards_G: np.ndarray) -> np.ndarray:
     return (rewards_G - rewards_G.mean()) / deviation
 
 
+def _minus_others(rewards_G: np.ndarray) -> np.ndarray:
+    others = (rewards_G.sum() - rewards_G) / (len(rewards_G) - 1)
+    return rewards_G - others
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "reinforce_plus_plus_baseline": Estimator(of_group=_minus_mean, whitened=True),
     "grpo": Estimator(of_group=_standardised, whitened=False),
+    "rloo": Estimator(of_group=_minus_others, whitened=False),
+    "dr_grpo": Estimator(of_group=_minus_mean, whitened=False),
 }
 
 
@@ -82,8 +91,8 @@ def has_contrast(
 ) -> Bool[np.ndarray, " N"]:
     """True for the episodes of groups whose clamped rewards differ; arrays as in `advantages`.
 
-    The others say nothing about which sample was better (dynamic sampling of 2503.14476, without
-    drawing replacements). Raises ValueError for a reward that is not finite.
+    The others say nothing about which sample was better (dynamic sampling of 2503.14476). Raises
+    ValueError for a reward that is not finite.
     """
     clamped_N = _clamped(rewards_N)
     contrast_N = np.zeros(clamped_N.shape, bool)
@@ -99,11 +108,13 @@ def advantages(
     token_counts_N: Int[np.ndarray, " N"],
     *,
     estimator: str,
+    kept_N: Bool[np.ndarray, " N"] | None = None,
 ) -> Float[np.ndarray, " N"]:
     """Advantage of each episode, to be broadcast over its sampled tokens (float32).
 
     `group_ids_N` are equal for samples of the same question and attempt, in any order;
-    `token_counts_N` are the numbers of sampled tokens. An empty rollout gives an empty array.
+    `token_counts_N` are the numbers of sampled tokens. Episodes that are not kept count in their
+    group's baseline, but not in the whitening, and have 0. An empty rollout gives an empty array.
 
     Raises UserError for an unknown estimator, ValueError for arrays of different lengths, a
     reward that is not finite, or a group of fewer than two episodes.
@@ -113,70 +124,73 @@ def advantages(
     grouped_N = _group_advantages(rewards_N, group_ids_N, chosen)
     if counts_N.shape != grouped_N.shape:
         raise ValueError(f"{grouped_N.shape} rewards_N but {counts_N.shape} token_counts_N")
+    kept_N = np.ones(grouped_N.shape, bool) if kept_N is None else kept_N
     if chosen.whitened:
-        grouped_N = _whiten(grouped_N, counts_N)
-    return grouped_N.astype(np.float32)
+        grouped_N = _whiten(grouped_N, np.where(kept_N, counts_N, 0.0))
+    return np.where(kept_N, grouped_N, 0.0).astype(np.float32)
 
 
 def token_advantages(
     rewards_N: Float[np.ndarray, " N"],
     group_ids_N: Int[np.ndarray, " N"],
-    mask_NT: Bool[np.ndarray, "N T"],
-    old_logprobs_NT: Float[np.ndarray, "N T"],
-    ref_logprobs_NT: Float[np.ndarray, "N T"],
+    returns: Sequence[Float[np.ndarray, " _"] | None],
+    masks: Sequence[Bool[np.ndarray, " _"] | None],
     *,
-    kl_coefficient: float,
     estimator: str,
-) -> Float[np.ndarray, "N T"]:
-    """Token-wise advantages with the KL penalty in the reward (float32, 0 off the mask).
+) -> list[Float[np.ndarray, " _"] | None]:
+    """Token-wise advantages: every episode's returns-to-go come on top of its group's baseline.
 
-    `mask_NT` is True on sampled tokens; all arrays have the same alignment. With a coefficient
-    of 0 the result is `advantages` broadcast over the mask; callers then skip this function and
-    never evaluate the reference. Raises as `advantages`, and ValueError for shapes that differ
-    or a negative coefficient.
+    `returns` (see `kl_returns`) and `masks`, True on sampled tokens, are one array an episode, or
+    None where it is not kept (see `advantages`); so is the result (float32, 0 off the mask). With
+    returns of 0 it is `advantages`. Raises as `advantages`, and ValueError for another number of
+    arrays than of rewards.
     """
     chosen = estimator_by_name(estimator)
-    if kl_coefficient < 0.0:
-        raise ValueError(f"kl_coefficient = {kl_coefficient}, expected at least 0")
     grouped_N = _group_advantages(rewards_N, group_ids_N, chosen)
-    mask_NT = np.asarray(mask_NT, bool)
-    if len(mask_NT) != len(grouped_N):
-        raise ValueError(f"{len(grouped_N)} rewards but {len(mask_NT)} rows of tokens")
-    penalty_NT = kl_returns(old_logprobs_NT, ref_logprobs_NT, mask_NT, kl_coefficient)
-    returns_NT = grouped_N[:, None] + penalty_NT
+    if not len(returns) == len(masks) == len(grouped_N):
+        raise ValueError(f"{len(grouped_N)} rewards, {len(returns)} returns, {len(masks)} masks")
+    sums = [None if r is None else a + r for a, r in zip(grouped_N, returns, strict=True)]
     if chosen.whitened:
-        returns_NT = _whiten(returns_NT, mask_NT.astype(np.float64))
-    return np.where(mask_NT, returns_NT, 0.0).astype(np.float32)
+        there = [(s, m) for s, m in zip(sums, masks, strict=True) if s is not None]
+        sampled = np.concatenate([s[m] for s, m in there]) if there else np.zeros(0)
+        if len(sampled):
+            mean, deviation = _moments(sampled, np.ones(len(sampled)))
+            sums = [None if s is None else (s - mean) / deviation for s in sums]
+    return [
+        None if s is None or m is None else np.where(m, s, 0.0).astype(np.float32)
+        for s, m in zip(sums, masks, strict=True)
+    ]
 
 
 def kl_returns(
-    old_logprobs_NT: Float[np.ndarray, "N T"],
-    ref_logprobs_NT: Float[np.ndarray, "N T"],
-    mask_NT: Bool[np.ndarray, "N T"],
-    kl_coefficient: float,
-) -> Float[np.ndarray, "N T"]:
+    old_logprobs_T: Float[np.ndarray, " T"],
+    ref_logprobs_T: Float[np.ndarray, " T"],
+    mask_T: Bool[np.ndarray, " T"],
+    kl_weight: float,
+) -> Float[np.ndarray, " T"]:
     """Return-to-go (gamma = 1) of the reward -beta * k1, k1 = log pi_old - log pi_ref.
 
-    Tokens off the mask (prompt, documents, padding) earn nothing; a token's return holds its own
-    penalty and those of all sampled tokens after it, across documents in between. Float64.
+    Tokens off the mask (prompt, documents) earn nothing; a token's return holds its own penalty
+    and those of all sampled tokens of the episode after it, across documents in between. Float64.
+    Raises ValueError for shapes that differ or a negative weight.
     """
-    shapes = np.shape(old_logprobs_NT), np.shape(ref_logprobs_NT), np.shape(mask_NT)
+    shapes = np.shape(old_logprobs_T), np.shape(ref_logprobs_T), np.shape(mask_T)
     if len(set(shapes)) != 1:
         raise ValueError(f"old log-probs, reference log-probs and mask have shapes {shapes}")
+    if kl_weight < 0.0:
+        raise ValueError(f"kl_weight = {kl_weight}, expected at least 0")
     # Off the mask the two may hold anything, infinities included: choose before subtracting.
-    old_NT = np.where(mask_NT, old_logprobs_NT, 0.0).astype(np.float64)
-    ref_NT = np.where(mask_NT, ref_logprobs_NT, 0.0).astype(np.float64)
-    penalty_NT = -kl_coefficient * (old_NT - ref_NT)
-    return np.cumsum(penalty_NT[:, ::-1], axis=1)[:, ::-1]
+    old_T = np.where(mask_T, old_logprobs_T, 0.0).astype(np.float64)
+    ref_T = np.where(mask_T, ref_logprobs_T, 0.0).astype(np.float64)
+    return np.cumsum((-kl_weight * (old_T - ref_T))[::-1])[::-1]
 
 
 def _group_advantages(
     rewards_N: np.ndarray, group_ids_N: np.ndarray, chosen: Estimator
 ) -> np.ndarray:
-    """[N]: what the groups make of the clamped rewards."""
     rewards_N = _clamped(rewards_N)
     group_ids_N = np.asarray(group_ids_N)
-    if rewards_N.shape != group_ids_N.shape:
+    if group_ids_N.shape != rewards_N.shape:
         raise ValueError(f"{rewards_N.shape} rewards_N but {group_ids_N.shape} group_ids_N")
     grouped_N = np.zeros_like(rewards_N)
     for group_id in np.unique(group_ids_N):
@@ -200,9 +214,14 @@ def _clamped(rewards_N: np.ndarray) -> np.ndarray:
 
 def _whiten(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(values - mu) / sigma with weighted population statistics; all zeros without weight."""
-    total = weights.sum()
-    if total == 0.0:
+    if weights.sum() == 0.0:
         return np.zeros_like(values)
+    mean, deviation = _moments(values, weights)
+    return (values - mean) / deviation
+
+
+def _moments(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    total = weights.sum()
     mean = (weights * values).sum() / total
     variance = (weights * (values - mean) ** 2).sum() / total
-    return (values - mean) / np.sqrt(max(variance, MINIMUM_VARIANCE))
+    return mean, np.sqrt(max(variance, MINIMUM_VARIANCE))

@@ -1,23 +1,27 @@
-"""Trajectories -> learner batches of static shape (host, numpy).
+"""Trajectories -> packed learner batches of one static shape (host, numpy).
 
-An optimizer minibatch of episodes becomes micro-batches of exactly `rows` rows. Episodes are
-sorted by length, longest first, so that a row stands beside rows of about its own length and a
-micro-batch is padded only to the smallest bucket that holds its longest row; the empty rows that
-fill the last micro-batch are thus the shortest. The sort is stable and episodes come in
-(question, sample) order: the batches are a function of the episodes alone, not of arrival order.
+An optimizer minibatch of episodes is laid into rows of `row_tokens` tokens, several episodes to a
+row (first fit, longest first: at most 11/9 of the fewest rows and one more, Yue 1991), and the
+rows are cut into micro-batches of `rows` rows. Episodes in a row do not see each other: each has a
+segment number of its own and positions that start at 0. The layout is a function of the episodes
+alone, in the order given: (question, sample), not arrival.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from r1s_jax.types import StopReason, TokenSource, Trajectory
+
+# Of a row, whatever its length: a static number, because sums over episodes have a static shape.
+# Shorter episodes than row_tokens / 64 are rare, and a row that has so many is simply full.
+EPISODES_PER_ROW = 64
 
 
 @jax.tree_util.register_dataclass
@@ -27,67 +31,89 @@ class Batch:
 
     Index t of every [B, T] array refers to token t itself, not to the prediction made at t:
     `mask_BT[b, t]` is True where `tokens_BT[b, t]` was sampled, and the logits at t - 1 predict
-    it. A loss on the log-probabilities of `tokens_BT[:, 1:]` uses `mask_BT[:, 1:]`. Token 0 is
-    never sampled (checked by `pack`), so nothing is lost.
+    it. The first token of an episode is never sampled (checked by `pack`), so no prediction across
+    the border of two episodes is ever used.
     """
 
-    tokens_BT: Any  # int32, pad_id after the end
+    tokens_BT: Any  # int32, pad_id where there is no episode
+    positions_BT: Any  # int32, from 0 in every episode
+    segments_BT: Any  # int32, 1, 2, ... in the order of the row; 0 where there is no episode
     mask_BT: Any  # bool, True where the policy sampled the token
-    sampler_logprobs_BT: Any  # float32, 0.0 where not sampled
-    advantages_B: Any  # float32, 0.0 in padding rows
-    lengths_B: Any  # int32, tokens of the row before padding, 0 in padding rows
-    episode_B: Any  # int32, index into the list given to `pack`, -1 in padding rows
+    sampler_logprobs_BT: Any  # float32, under the full softmax; 0.0 where not sampled
+    drawn_logprobs_BT: Any  # float32, under what was drawn from; 0.0 where not sampled
 
 
-def pack(
-    trajectories: Sequence[Trajectory],
-    advantages: Float[np.ndarray, " N"],
-    *,
-    rows: int,
-    length_buckets: Sequence[int],
-    pad_id: int,
-) -> list[Batch]:
-    """One optimizer minibatch as ceil(N / rows) micro-batches of shape [rows, a bucket].
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an episode lies: micro-batch, row, and its tokens' columns."""
 
-    Raises ValueError, quoting both numbers, for an episode longer than the largest bucket,
-    another number of advantages than of episodes, arrays of different lengths within an episode;
-    and for an episode that ended RETRIEVAL_FAILED or whose first token is marked as sampled.
+    batch: int
+    row: int
+    columns: slice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The micro-batches of a minibatch, and where each episode lies, in the order given."""
+
+    batches: tuple[Batch, ...]
+    places: tuple[Place, ...]
+
+    def scatter(self, values: Iterable[Any]) -> list[Float[np.ndarray, "B T"]]:
+        """An array a micro-batch: each episode's values (a number, or one a token) at its place."""
+        arrays = [np.zeros(batch.tokens_BT.shape, np.float32) for batch in self.batches]
+        for place, value in zip(self.places, values, strict=True):
+            arrays[place.batch][place.row, place.columns] = value
+        return arrays
+
+    def gather(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """The other way round: each episode's part of per-token results, one array a batch."""
+        host = [np.asarray(array) for array in arrays]
+        return [host[p.batch][p.row, p.columns] for p in self.places]
+
+
+def pack(trajectories: Sequence[Trajectory], *, rows: int, row_tokens: int, pad_id: int) -> Packed:
+    """One optimizer minibatch as micro-batches of shape [rows, row_tokens].
+
+    Raises ValueError, quoting both numbers, for an episode longer than a row, arrays of different
+    lengths within an episode; and for an episode that ended RETRIEVAL_FAILED or whose first token
+    is marked as sampled.
     """
-    if rows < 1:
-        raise ValueError(f"rows = {rows}, at least 1 needed")
-    advantages = np.asarray(advantages, np.float32)
-    if advantages.shape != (len(trajectories),):
-        raise ValueError(f"{len(trajectories)} episodes but advantages of {advantages.shape}")
     for trajectory in trajectories:
-        _check(trajectory, longest=max(length_buckets))
+        _check(trajectory, longest=row_tokens)
     lengths_N = np.array([len(t.token_ids_T) for t in trajectories], np.int32)
-    order_N = np.argsort(-lengths_N, kind="stable")
-    batches = []
-    for start in range(0, len(order_N), rows):
-        episodes = order_N[start : start + rows]
-        length = min(b for b in length_buckets if b >= lengths_N[episodes[0]])
-        batch = empty_batch(rows, length, pad_id)
-        for row, episode in enumerate(episodes):
-            _fill(batch, row, trajectories[episode])
-        batch.episode_B[: len(episodes)] = episodes
-        batch.advantages_B[: len(episodes)] = advantages[episodes]
-        batches.append(batch)
-    return batches
+    filled = first_fit(lengths_N, row_tokens)
+    # The last micro-batch may have empty rows.
+    count = -(-len(filled) // rows)
+    batches = [empty_batch(rows, row_tokens, pad_id) for _ in range(count)]
+    places: list[Place | None] = [None] * len(trajectories)
+    for number, episodes in enumerate(filled):
+        which, row = divmod(number, rows)
+        start = 0
+        for segment, episode in enumerate(episodes, start=1):
+            columns = slice(start, start + int(lengths_N[episode]))
+            _fill(batches[which], row, columns, segment, trajectories[episode])
+            places[episode] = Place(batch=which, row=row, columns=columns)
+            start = columns.stop
+    return Packed(batches=tuple(batches), places=tuple(p for p in places if p is not None))
 
 
-def unpack(batches: Sequence[Batch], values_BT: Sequence[Any], episodes: int) -> np.ndarray:
-    """[N, T] of per-token results of the micro-batches, back in the order given to `pack`.
-
-    `values_BT` holds one [rows, T] array (numpy or jax) per batch; T of the result is the largest
-    of theirs. Columns beyond a micro-batch's bucket are 0.
-    """
-    width = max((v.shape[1] for v in values_BT), default=0)
-    dtype = values_BT[0].dtype if values_BT else np.float32
-    values_NT = np.zeros((episodes, width), dtype)
-    for batch, values in zip(batches, values_BT, strict=True):
-        real = np.asarray(batch.episode_B) >= 0
-        values_NT[batch.episode_B[real], : values.shape[1]] = np.asarray(values)[real]
-    return values_NT
+def first_fit(lengths_N: Int[np.ndarray, " N"], row_tokens: int) -> list[list[int]]:
+    """Episodes of every row: each, longest first, goes into the first row that has room for it."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for episode in np.argsort(-lengths_N, kind="stable").tolist():
+        length = int(lengths_N[episode])
+        fits = (
+            i for i, room in enumerate(left) if room >= length and len(rows[i]) < EPISODES_PER_ROW
+        )
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(row_tokens)
+        rows[row].append(episode)
+        left[row] -= length
+    return rows
 
 
 def minibatches(n_episodes: int, count: int) -> list[slice]:
@@ -105,36 +131,55 @@ def minibatches(n_episodes: int, count: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def token_weights(
+    counts_M: Int[np.ndarray, " M"], aggregation: str, length_norm: int
+) -> Float[np.ndarray, " M"]:
+    """w_t of every episode's tokens (`algorithm`); `counts_M` are the minibatch's sampled tokens.
+
+    An episode without a sampled token counts among the episodes.
+    """
+    counts_M = np.asarray(counts_M, np.float64)
+    episodes = len(counts_M)
+    if aggregation == "token_mean":
+        return np.full(episodes, 1 / max(counts_M.sum(), 1))
+    if aggregation == "fixed_length":
+        return np.full(episodes, 1 / (length_norm * episodes))
+    return 1 / (np.maximum(counts_M, 1) * episodes)
+
+
+def empty_batch(rows: int, row_tokens: int, pad_id: int) -> Batch:
+    """A micro-batch of padding alone."""
+    shape = rows, row_tokens
+    return Batch(
+        tokens_BT=np.full(shape, pad_id, np.int32),
+        positions_BT=np.zeros(shape, np.int32),
+        segments_BT=np.zeros(shape, np.int32),
+        mask_BT=np.zeros(shape, bool),
+        sampler_logprobs_BT=np.zeros(shape, np.float32),
+        drawn_logprobs_BT=np.zeros(shape, np.float32),
+    )
+
+
 def _check(trajectory: Trajectory, longest: int) -> None:
     name = f"question {trajectory.question.id!r} sample {trajectory.sample}"
     length = len(trajectory.token_ids_T)
     if trajectory.stop_reason == StopReason.RETRIEVAL_FAILED:
         raise ValueError(f"{name} ended {StopReason.RETRIEVAL_FAILED}: it has no place in a loss")
-    parallel = length, len(trajectory.sources_T), len(trajectory.logprobs_T)
+    arrays = (trajectory.sources_T, trajectory.logprobs_T, trajectory.drawn_logprobs_T)
+    parallel = length, *(len(values_T) for values_T in arrays)
     if len(set(parallel)) != 1:
-        raise ValueError(f"{name}: token ids, sources and logprobs have lengths {parallel}")
+        raise ValueError(f"{name}: token ids, sources and log-probs have lengths {parallel}")
     if length > longest:
-        raise ValueError(f"{name} has {length} tokens, the largest bucket holds {longest}")
+        raise ValueError(f"{name} has {length} tokens, a row holds {longest}")
     if length == 0 or trajectory.sources_T[0] == TokenSource.SAMPLED:
         raise ValueError(f"{name} has {length} tokens and no prompt: token 0 cannot be sampled")
 
 
-def empty_batch(rows: int, length: int, pad_id: int) -> Batch:
-    """A micro-batch of padding rows alone."""
-    return Batch(
-        tokens_BT=np.full((rows, length), pad_id, np.int32),
-        mask_BT=np.zeros((rows, length), bool),
-        sampler_logprobs_BT=np.zeros((rows, length), np.float32),
-        advantages_B=np.zeros(rows, np.float32),
-        lengths_B=np.zeros(rows, np.int32),
-        episode_B=np.full(rows, -1, np.int32),
-    )
-
-
-def _fill(batch: Batch, row: int, trajectory: Trajectory) -> None:
-    length = len(trajectory.token_ids_T)
+def _fill(batch: Batch, row: int, columns: slice, segment: int, trajectory: Trajectory) -> None:
     sampled_T = np.asarray(trajectory.sources_T) == TokenSource.SAMPLED
-    batch.tokens_BT[row, :length] = trajectory.token_ids_T
-    batch.mask_BT[row, :length] = sampled_T
-    batch.sampler_logprobs_BT[row, :length] = np.where(sampled_T, trajectory.logprobs_T, 0.0)
-    batch.lengths_B[row] = length
+    batch.tokens_BT[row, columns] = trajectory.token_ids_T
+    batch.positions_BT[row, columns] = np.arange(len(sampled_T))
+    batch.segments_BT[row, columns] = segment
+    batch.mask_BT[row, columns] = sampled_T
+    batch.sampler_logprobs_BT[row, columns] = np.where(sampled_T, trajectory.logprobs_T, 0.0)
+    batch.drawn_logprobs_BT[row, columns] = np.where(sampled_T, trajectory.drawn_logprobs_T, 0.0)

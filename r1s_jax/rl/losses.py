@@ -1,11 +1,7 @@
-"""The policy loss, as ratio x objective x aggregation (jnp, pure, differentiable).
+"""The policy loss of packed rows (jnp, pure, differentiable); `algorithm` has the formulas.
 
-    ratio        rho = exp(log pi - log pi_old), per token
-    objective    PPO clip (1707.06347): -min(rho A, clip(rho, 1 - low, 1 + high) A)
-    aggregation  mean over the sampled tokens of a sequence, then mean over sequences
-
-The KL penalty of the recipe (k1 inside the reward) is not a term of this loss: it reaches it
-through token-wise advantages, see `advantages.token_advantages`.
+A row holds several episodes one after the other. `segments_BT` numbers them from 1, in the order
+of the row, and is 0 on padding; a sum over an episode is a sum over its segment.
 """
 
 from __future__ import annotations
@@ -13,78 +9,129 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-
-def sequence_mean(
-    values_BT: Float[Array, "B T"],
-    mask_BT: Bool[Array, "B T"],
-    total_sequences: int | float | Float[Array, ""],
-) -> Float[Array, ""]:
-    """Sum over rows of the mean over a row's masked tokens, divided by `total_sequences`.
-
-    With `total_sequences` the number of sequences of the whole batch, the results of its
-    micro-batches add up to the batch's result. A row without a masked token adds exactly 0.
-    """
-    counts_B = mask_BT.sum(axis=1)
-    sums_B = jnp.where(mask_BT, values_BT, 0.0).sum(axis=1)
-    return (sums_B / jnp.maximum(counts_B, 1)).sum() / total_sequences
+from r1s_jax.rl.algorithm import AlgorithmConfig
+from r1s_jax.rl.batching import EPISODES_PER_ROW
 
 
 def policy_loss(
+    config: AlgorithmConfig,
     logprobs_BT: Float[Array, "B T"],
+    entropy_BT: Float[Array, "B T"],
     old_logprobs_BT: Float[Array, "B T"],
-    advantages: Float[Array, " B"] | Float[Array, "B T"],
+    drawn_logprobs_BT: Float[Array, "B T"],
+    ref_logprobs_BT: Float[Array, "B T"] | None,
+    advantages_BT: Float[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
-    *,
-    total_sequences: int | float | Float[Array, ""],
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    segments_BT: Int[Array, "B T"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """PPO-clip loss of one micro-batch, a scalar to minimise, and its diagnostics.
+    """Loss of one micro-batch, a scalar to minimise, and sums over its sampled tokens.
 
-    The arrays share one alignment: where index t of `logprobs_BT` is the log-probability of a
-    token, `mask_BT[:, t]` says whether that very token was sampled (for a `Batch` drop the first
-    column of the mask, as no log-probability predicts the first token). `advantages` is one
-    number per sequence, or one per token. `old_logprobs_BT` and `advantages` get no gradient.
+    Index t of every array speaks of token t. `drawn_logprobs_BT` are the sampler's, under what it
+    drew from; `weights_BT` is w_t of the whole minibatch (`batching.token_weights`), so that the
+    losses of its micro-batches *add up*. Only `logprobs_BT` and `entropy_BT` get a gradient.
     Positions off the mask may hold anything, infinities and NaN included.
 
-    `total_sequences` is the number of real sequences of the full optimizer batch, over all
-    micro-batches and devices; padding rows are not counted. Loss and diagnostics of the
-    micro-batches then *add up* to the full batch's: accumulate by summing, without dividing.
-
-    Diagnostics, aggregated as the loss: `clip_fraction` (tokens on which the clip cuts the
-    gradient), `ratio_mean` (of rho), `approx_kl` (k3 = rho - 1 - log rho, at least 0).
+    The second result has sums over sampled tokens, to be divided by their number: `clip_fraction`
+    (the clip takes the gradient away, or bounds its weight), `ratio_mean` (of rho), `approx_kl`
+    (k3 of the token ratios, at least 0), `entropy`, where they are in use `importance_weight`
+    (of c_t), `sequence_masked` (tokens), `kl_ref` and `llds`.
     """
-    chex.assert_rank([logprobs_BT, old_logprobs_BT, mask_BT], 2)
-    chex.assert_equal_shape([logprobs_BT, old_logprobs_BT, mask_BT])
-    chex.assert_rank(advantages, {1, 2})
-    advantages_BT = advantages[:, None] if advantages.ndim == 1 else advantages
-    chex.assert_axis_dimension(advantages_BT, 0, logprobs_BT.shape[0])
+    chex.assert_equal_shape(
+        [
+            *(logprobs_BT, entropy_BT, old_logprobs_BT, drawn_logprobs_BT),
+            *(advantages_BT, weights_BT, mask_BT, segments_BT),
+        ]
+    )
+    frozen = jax.lax.stop_gradient
 
-    mask_BT = mask_BT.astype(bool)
-    advantages_BT = jnp.broadcast_to(jax.lax.stop_gradient(advantages_BT), logprobs_BT.shape)
-    # Each input is chosen before it is used: a NaN off the mask would survive a later `where`
-    # in the gradient.
-    advantages_BT = jnp.where(mask_BT, advantages_BT, 0.0)
-    new_BT = jnp.where(mask_BT, logprobs_BT, 0.0)
-    old_BT = jnp.where(mask_BT, jax.lax.stop_gradient(old_logprobs_BT), 0.0)
+    def keep(x: Array) -> Array:
+        # Chosen before it is used: a NaN off the mask would survive a later `where` in the
+        # gradient.
+        return jnp.where(mask_BT, x, 0.0)
 
-    log_ratio_BT = new_BT - old_BT
-    ratio_BT = jnp.exp(log_ratio_BT)
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    plain_BT, bounded_BT = ratio_BT * advantages_BT, clipped_BT * advantages_BT
-    # `where`, not `minimum`: jnp splits the gradient at ties, and clip has slope 1/2 at its edge.
-    cut_BT = bounded_BT < plain_BT
-    loss_BT = -jnp.where(cut_BT, jax.lax.stop_gradient(bounded_BT), plain_BT)
+    new, entropy, old = keep(logprobs_BT), keep(entropy_BT), keep(frozen(old_logprobs_BT))
+    advantages, weights = keep(frozen(advantages_BT)), keep(frozen(weights_BT))
+    counts = jnp.maximum(segment_sums(mask_BT.astype(new.dtype), segments_BT), 1)
+    sums: dict[str, Array] = {}
 
-    aux_BT = {
-        "clip_fraction": cut_BT.astype(loss_BT.dtype),
-        "ratio_mean": ratio_BT,
-        "approx_kl": ratio_BT - 1.0 - log_ratio_BT,
+    # ---- ratio
+    change = new - old
+    log_ratio = change
+    if config.ratio == "sequence":
+        log_ratio = keep(segment_sums(change, segments_BT) / counts)
+    ratio = jnp.exp(log_ratio)
+
+    # ---- objective
+    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    if config.objective == "cispo":
+        cut = clipped != ratio
+        each = -frozen(clipped) * advantages * new
+    else:
+        # `where`, not `minimum`: jnp splits the gradient at ties, and clip has slope 1/2 at its
+        # edge.
+        cut = clipped * advantages < ratio * advantages
+        each = -jnp.where(cut, frozen(clipped), ratio) * advantages
+
+    # ---- corrections for the sampler
+    off = old - keep(drawn_logprobs_BT)
+    if config.importance_cap:
+        correction = frozen(jnp.minimum(jnp.exp(off), config.importance_cap))
+        sums["importance_weight"] = correction
+        each = correction * each
+    if config.sequence_band is not None:
+        low, high = (jnp.log(edge) for edge in config.sequence_band)
+        mean = segment_sums(off, segments_BT) / counts
+        outside = (mean < low) | (mean > high)
+        sums["sequence_masked"] = outside
+        weights = jnp.where(outside, 0.0, weights)
+
+    # ---- extras
+    if ref_logprobs_BT is not None and config.kl != "k1":
+        k1 = new - keep(frozen(ref_logprobs_BT))
+        sums["kl_ref"] = k1**2 / 2 if config.kl == "k2" else jnp.expm1(-k1) + k1
+        each = each + config.kl_weight * sums["kl_ref"]
+    if config.entropy_weight:
+        each = each - config.entropy_weight * entropy
+    if config.llds_weight:
+        fallen = jnp.where(advantages >= 0, -change, 0.0)
+        displaced = frozen(segment_sums(fallen, segments_BT)) > 0
+        # No `maximum` here either: a token that kept its log-prob is not pushed.
+        sums["llds"] = jnp.where(displaced & (fallen > 0), fallen, 0.0)
+        each = each + config.llds_weight * sums["llds"]
+
+    sums |= {
+        "clip_fraction": cut,
+        "ratio_mean": ratio,
+        "approx_kl": jnp.expm1(change) - change,  # exp(x) - 1 would be noise near 0
+        "entropy": entropy,
     }
-    aux = {
-        name: jax.lax.stop_gradient(sequence_mean(value_BT, mask_BT, total_sequences))
-        for name, value_BT in aux_BT.items()
+    total = {k: frozen(keep(v.astype(new.dtype)).sum()) for k, v in sums.items()}
+    return (weights * each).sum(), total
+
+
+def sum_names(config: AlgorithmConfig) -> tuple[str, ...]:
+    """Names of the sums that `policy_loss` gives."""
+    in_loss = config.needs_reference and not config.kl_in_reward
+    extras = {
+        "importance_weight": config.importance_cap > 0,
+        "sequence_masked": config.sequence_band is not None,
+        "kl_ref": in_loss,
+        "llds": config.llds_weight > 0,
     }
-    return sequence_mean(loss_BT, mask_BT, total_sequences), aux
+    used = (name for name, on in extras.items() if on)
+    return ("clip_fraction", "ratio_mean", "approx_kl", "entropy", *used)
+
+
+def segment_sums(
+    values_BT: Float[Array, "B T"], segments_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """At every token the sum of its episode's values; padding (segment 0) sums by itself."""
+
+    def of_row(values_T: Array, segments_T: Array) -> Array:
+        sums = jax.ops.segment_sum(values_T, segments_T, num_segments=EPISODES_PER_ROW + 1)
+        return sums[segments_T]
+
+    return jax.vmap(of_row)(values_BT, segments_BT)

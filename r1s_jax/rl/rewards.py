@@ -19,11 +19,12 @@ Clamping to +-10 is done where rewards are used (`rl.advantages`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 from r1s_jax.protocol.parse import Verdict, judge_format
 from r1s_jax.rl.answers import cover_exact_match, exact_match, f1
-from r1s_jax.types import StopReason, Trajectory, UserError
+from r1s_jax.types import Segment, StopReason, Trajectory, UserError
 
 LONGEST_ANSWER_WORDS = 10  # of `broken_for_qwen`
 
@@ -41,6 +42,28 @@ class Reward:
 
 
 RewardFunction = Callable[[Trajectory], Reward]
+
+
+# ---- what was written, read once ----
+
+
+def judge(trajectory: Trajectory) -> Verdict:
+    """What an episode's text says of its format, searches and answer.
+
+    Raises ValueError for a RETRIEVAL_FAILED episode: it must not be scored.
+    """
+    if trajectory.stop_reason == StopReason.RETRIEVAL_FAILED:
+        raise ValueError(
+            f"question {trajectory.question.id!r} sample {trajectory.sample} ended "
+            f"{StopReason.RETRIEVAL_FAILED}: not the policy's doing, it must not be scored"
+        )
+    return _judged(trajectory.segments)
+
+
+# A reward and what is added to it ask about one episode right after each other.
+@functools.lru_cache(maxsize=1)
+def _judged(segments: tuple[Segment, ...]) -> Verdict:
+    return judge_format(segments)
 
 
 # ---- predicates on the format, shared by the presets ----
@@ -82,7 +105,7 @@ def broken_for_qwen(verdict: Verdict) -> bool:
 
 def paper_stage1(trajectory: Trajectory) -> Reward:
     """Searched at all and well formed, half a point each; the answer does not count."""
-    verdict = _judge(trajectory)
+    verdict = judge(trajectory)
     return Reward(
         parts={
             "retrieval": 0.5 if verdict.searched else 0.0,
@@ -93,7 +116,7 @@ def paper_stage1(trajectory: Trajectory) -> Reward:
 
 def code_llama_stage1(trajectory: Trajectory) -> Reward:
     """Cover-EM of +1 or -1, and half a point each for tags of searches and of the answer."""
-    verdict = _judge(trajectory)
+    verdict = judge(trajectory)
     covered = cover_exact_match(verdict.answer, trajectory.question.answers) == 1.0
     searched_well = verdict.tags_balanced and min(verdict.tag_counts) >= 1
     return Reward(
@@ -139,6 +162,14 @@ def reward_by_name(name: str) -> RewardFunction:
     return REWARDS[name]
 
 
+def pays_for_answer(name: str) -> bool:
+    """Whether a right answer earns more than a wrong one under the preset called `name`.
+
+    UserError as `reward_by_name`.
+    """
+    return reward_by_name(name) is not paper_stage1
+
+
 def episode_metrics(trajectory: Trajectory) -> dict[str, float]:
     """What one episode adds to the metrics; flags are 0.0 or 1.0.
 
@@ -150,7 +181,7 @@ def episode_metrics(trajectory: Trajectory) -> dict[str, float]:
 
     Callers leave RETRIEVAL_FAILED episodes out and count them; they are refused here too.
     """
-    verdict = _judge(trajectory)
+    verdict = judge(trajectory)
     golds = trajectory.question.answers
     wanted = set(trajectory.question.gold_documents)
     shown = {d.id for search in trajectory.searches for d in search.documents}
@@ -173,19 +204,10 @@ def episode_metrics(trajectory: Trajectory) -> dict[str, float]:
 def _f1_with_penalty(
     trajectory: Trajectory, broken: Callable[[Verdict], bool], penalty: float
 ) -> Reward:
-    verdict = _judge(trajectory)
+    verdict = judge(trajectory)
     return Reward(
         parts={
             "answer": f1(verdict.answer, trajectory.question.answers),
             "format": -penalty if broken(verdict) else 0.0,
         }
     )
-
-
-def _judge(trajectory: Trajectory) -> Verdict:
-    if trajectory.stop_reason == StopReason.RETRIEVAL_FAILED:
-        raise ValueError(
-            f"question {trajectory.question.id!r} sample {trajectory.sample} ended "
-            f"{StopReason.RETRIEVAL_FAILED}: not the policy's doing, it must not be scored"
-        )
-    return judge_format(trajectory.segments)

@@ -1,8 +1,9 @@
-"""What the hosts of a run tell each other about their episodes."""
+"""What the hosts of a run tell each other: their episodes, and what one decides for all."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -32,6 +33,14 @@ def from_all_hosts(mine: T) -> list[T]:
         pieces.append(_gather(sent[start : start + _PIECE]))
     received = np.concatenate(pieces, axis=1)[:, _HEADER:]
     return [pickle.loads(row[:n].tobytes()) for row, n in zip(received, lengths, strict=True)]
+
+
+def from_first_host(ask: Callable[[], T]) -> T:
+    """What `ask` returns on host 0, which alone calls it; all of them have to call this together.
+
+    So is decided what depends on one host's files, clock or signals.
+    """
+    return from_all_hosts([ask()] if jax.process_index() == 0 else [])[0][0]
 
 
 def _gather(piece: bytes) -> np.ndarray:

@@ -83,7 +83,12 @@ class RolloutResult:
     seconds: float
     retrieval_seconds: float  # while at least one query was out
     retrieval_wait_seconds: float  # while no row could decode because of that
-    decode_utilization: float  # sampled tokens per row and step, empty rows counted
+    row_steps: int  # rows times decode steps, empty rows counted
+
+    @property
+    def decode_utilization(self) -> float:
+        """Sampled tokens per row and step."""
+        return self.sampled_tokens / max(1, self.row_steps)
 
 
 class Rollout:
@@ -197,5 +202,5 @@ def _collect(
         seconds=max(s.seconds for s in spent),
         retrieval_seconds=max(s.retrieval for s in spent),
         retrieval_wait_seconds=max(s.retrieval_wait for s in spent),
-        decode_utilization=sampled / max(1, sum(w.row_steps for w in work)),
+        row_steps=sum(w.row_steps for w in work),
     )

@@ -59,12 +59,13 @@ def model_card(config: RunConfig, run: RunDir, step: int) -> str:
     if is_repo_id(base) and not resolve(base).exists():
         front["base_model"] = base
     front["tags"] = ["r1s_jax", "reinforcement-learning", "search", "arxiv:2503.05592"]
+    rule = config.learner.algorithm
     stages = "; ".join(f"{s.name}: reward {s.reward}, {s.steps} steps" for s in config.stages)
     rows = {
         "starts from": base,
         "run": f"{run.path.name}, step {step}",
         "stages": stages,
-        "estimator": config.learner.estimator,
+        "algorithm": f"{rule.estimator}, {rule.ratio} ratio, {rule.objective}, {rule.aggregation}",
         "questions": config.world.train_questions,
         "corpus": config.world.corpus,
         "prompt": config.policy.prompt_file or config.policy.prompt,

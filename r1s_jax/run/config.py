@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from r1s_jax.data.curriculum import CurriculumConfig
 from r1s_jax.engine.sampling import SamplingConfig
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.rl.advantages import check_group_size
-from r1s_jax.rl.learner import LearnerConfig
+from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rl.rewards import reward_by_name
+from r1s_jax.rl.shaping import ShapingConfig
 from r1s_jax.rollout.loop import RolloutConfig
+from r1s_jax.run.health import HealthConfig
 from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import UserError
 
@@ -51,6 +54,7 @@ class StageConfig:
 class EvaluationConfig:
     """Greedy evaluation before the first stage and after each."""
 
+    every: int = 0  # steps of a stage, for evaluations on the way; 0: none
     documents: int = 5
     max_searches: int = 9
     controls: bool = False  # forced search, no search, wrong passages, first search only
@@ -66,11 +70,15 @@ class RunConfig:
     engine: EngineConfig
     rollout: RolloutConfig
     learner: LearnerConfig
+    shaping: ShapingConfig = dataclasses.field(default_factory=ShapingConfig)
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
     questions_per_step: int = 64
     samples_per_question: int = 16
+    max_refills: int = 0  # times that questions without contrast are replaced (dynamic sampling)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the engine's copy and its cache
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
@@ -80,7 +88,9 @@ class RunConfig:
     max_skipped_updates: int = 3  # non-finite updates in a row that stop the run
 
     def __post_init__(self) -> None:
-        check_group_size(self.samples_per_question, self.learner.estimator)
+        check_group_size(self.samples_per_question, self.learner.algorithm.estimator)
+        if self.max_refills < 0:
+            raise UserError(f"max_refills = {self.max_refills}, must be at least 0")
         for stage in self.stages:
             reward_by_name(stage.reward)
         names = [stage.name for stage in self.stages]
@@ -103,10 +113,9 @@ class RunConfig:
                     f"engine.{field} = {rows} does not divide over {lanes} copies of the policy "
                     f"({self.mesh.size} devices, {tensor} to a copy)"
                 )
-        longest = max(self.learner.length_buckets)
-        if longest < self.engine.context:
+        if self.learner.row_tokens < self.engine.context:
             raise UserError(
-                f"learner.length_buckets end at {longest}, below engine.context = "
+                f"learner.row_tokens = {self.learner.row_tokens}, below engine.context = "
                 f"{self.engine.context}: longer episodes could not be trained on"
             )
         if self.sampling.temperature <= 0.0:

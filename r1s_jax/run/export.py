@@ -39,6 +39,7 @@ def export_policy(
     out: Path,
 ) -> Path:
     """Writes `params`, the policy after `step`, with the run's provenance; see `hf.export`."""
+    first = jax.process_index() == 0  # of several hosts, the one that writes
     return hf.export(
         out,
         model,
@@ -47,7 +48,7 @@ def export_policy(
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         dtype=config.export_dtype,
-        card=model_card(config, run, step),
+        card=model_card(config, run, step) if first else "",
     )
 
 

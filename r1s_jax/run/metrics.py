@@ -25,17 +25,20 @@ class MetricsWriter:
     A row is `step`, `stage`, `phase` and then numbers, in the order given. Floats are written
     with repr, so equal numbers give equal text; NaN and infinities become null. Opening the
     writer cuts off a last line that a killed run left unfinished. Object stores cannot append:
-    there the file is written anew for each row, and TensorBoard files are left out.
+    there the file is written anew for each row, and TensorBoard files are left out. With `writes`
+    false no file is touched: of several hosts, one writes.
     """
 
-    def __init__(self, run_dir: epath.PathLike, *, tensorboard: bool = True):
+    def __init__(self, run_dir: epath.PathLike, *, tensorboard: bool = True, writes: bool = True):
         self._run_dir = epath.Path(run_dir)
         self._path = self._run_dir / METRICS
         self._remote = "://" in str(self._path)
-        self._tensorboard = tensorboard and not self._remote
+        self._writes, self._tensorboard = writes, tensorboard and not self._remote
+        self._lines: list[str] = []
         self._boards: dict[str, Any] = {}
         self._file: Any = None
-        self._rewrite(_read(self._path))
+        if writes:
+            self._rewrite(_read(self._path))
 
     def write(self, step: int, stage: str, phase: str, metrics: Mapping[str, Any]) -> None:
         """Writes and flushes one row; `phase` is "train" or "eval".
@@ -43,6 +46,8 @@ class MetricsWriter:
         Raises:
             ValueError: a value is neither a number nor None, or a name is taken.
         """
+        if not self._writes:
+            return
         row: dict[str, Any] = {"step": int(step), "stage": stage, "phase": phase}
         if taken := sorted(row.keys() & metrics.keys()):
             raise ValueError(f"a metric may not be called {taken[0]}")
@@ -58,7 +63,7 @@ class MetricsWriter:
 
     @property
     def rows(self) -> int:
-        """How many rows the file holds."""
+        """How many rows the file holds; 0 without `writes`."""
         return len(self._lines)
 
     def cut_back(self, rows: int) -> None:
@@ -67,6 +72,8 @@ class MetricsWriter:
         TensorBoard's files are written anew from the rows that stay: those of several killed
         runs overlap, and which of two values is shown would be up to the reader.
         """
+        if not self._writes:
+            return
         kept = _read(self._path)[:rows]
         self._rewrite(kept)
         board = self._run_dir / "tensorboard"
@@ -120,11 +127,15 @@ class MetricsWriter:
 
 
 class TrajectoryWriter:
-    """Writes a few trajectories of a step to RUN_DIR/trajectories/STAGE_STEP.jsonl."""
+    """Writes a few trajectories of a step to RUN_DIR/trajectories/STAGE_STEP.jsonl.
 
-    def __init__(self, run_dir: epath.PathLike, per_step: int):
+    With `writes` false no file is touched: of several hosts, one writes.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, per_step: int, *, writes: bool = True):
         self._directory = epath.Path(run_dir) / "trajectories"
-        self._per_step = per_step
+        self._per_step = per_step if writes else 0
+        self._writes = writes
 
     def write(
         self,
@@ -155,7 +166,7 @@ class TrajectoryWriter:
 
     def cut_back(self, step: int) -> None:
         """Removes the files of all steps after `step`."""
-        if not self._directory.exists():
+        if not self._writes or not self._directory.exists():
             return
         for path in self._directory.glob("*_*.jsonl"):
             number = path.stem.rsplit("_", 1)[-1]

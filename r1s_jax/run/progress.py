@@ -27,17 +27,19 @@ class Progress:
     """A progress bar on a terminal; elsewhere at most one plain line in `every` seconds.
 
     Use as a context manager: `update` after each step, `note` for messages. The last value seen
-    of each figure stays, so that EM, known only after an evaluation, does not flicker.
+    of each figure stays, so that EM, known only after an evaluation, does not flicker. With
+    `shown` false it says nothing: of several hosts, one speaks.
     """
 
     def __init__(
         self,
         *,
         every: float = 30.0,
+        shown: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False, quiet=not shown)
         self._live = self._console.is_terminal
         self._every, self._clock = every, clock
         self._figures: dict[str, str] = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -29,6 +31,7 @@ from r1s_jax.types import Question, UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ATLAS = "atlas"
 _TYPICAL_CHARACTERS = 4000
+_END_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,28 @@ def build_parts(
     )
 
 
+def fingerprints(parts: Parts) -> dict[str, str]:
+    """What has to be the same on all hosts that play one run, in a few characters each."""
+    ends = []  # of the weights' files: enough to tell two policies apart
+    for path in sorted(parts.checkpoint.glob("*.safetensors")):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _END_BYTES))
+            ends.append((path.name, file.read()))
+    return {
+        "the policy's weights": _digest(ends),
+        "the policy's shape": _digest(parts.model),
+        "the tokenizer": _digest(parts.tokenizer.token_bytes),
+        "the prompt": _digest(parts.prompt.prompt_ids(parts.tokenizer, "")),
+        "world.train_questions": _digest(parts.train_questions),
+        "world.eval_questions": _digest(parts.eval_questions),
+        "world.corpus": parts.index.corpus_hash[:12],
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
 def bytes_beside(
     config: RunConfig, model: DecoderConfig, mesh: Mesh, *, training: bool = True
 ) -> int:
@@ -90,7 +115,7 @@ def bytes_beside(
     A learner's parameters, their two moments and gradients, and a reference where there is one
     (activations come on top); without one the parameters, from which the engine takes its own.
     """
-    copies = 1 if not training else 5 if config.learner.kl_coefficient > 0.0 else 4
+    copies = 1 if not training else 5 if config.learner.algorithm.needs_reference else 4
     return copies * weight_bytes(model, mesh, jnp.float32)
 
 
@@ -137,6 +162,11 @@ def check_inputs(
             f"max_position_embeddings = {model.max_position_embeddings}"
         )
     mesh = make_mesh(config.mesh)
+    if jax.process_count() > 1 and mesh.size < jax.device_count():
+        raise UserError(
+            f"mesh: data*fsdp*tensor = {mesh.size}, and {jax.process_count()} hosts have "
+            f"{jax.device_count()} devices: a run on several hosts takes them all"
+        )
     lanes = lane_mesh(mesh, config.engine.tensor)
     for each in (mesh, lanes):
         check_divisible(each, "num_key_value_heads", (model.num_key_value_heads,), ("kv_heads",))

@@ -13,27 +13,31 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import jax
 
-from r1s_jax.data.curriculum import QuestionStream
+from r1s_jax.data.curriculum import question_stream
 from r1s_jax.data.floors import floors
-from r1s_jax.engine.sampling import row_seed
 from r1s_jax.models import hf
 from r1s_jax.rl.learner import Learner
-from r1s_jax.rl.rewards import reward_by_name
-from r1s_jax.rollout.loop import Call, Rollout, RolloutResult
+from r1s_jax.rl.rewards import pays_for_answer, reward_by_name
+from r1s_jax.rl.shaping import shaped
+from r1s_jax.rollout.hosts import from_all_hosts, from_first_host
+from r1s_jax.rollout.loop import Rollout
 from r1s_jax.run.checkpoint import Checkpointer
+from r1s_jax.run.collect import Collected, collect
 from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.run.config import RunConfig, StageConfig
 from r1s_jax.run.evaluate import CONTROLS, GREEDY, NO_SEARCH, evaluate, summarise
 from r1s_jax.run.export import export_policy
+from r1s_jax.run.health import Health
+from r1s_jax.run.hosts import require_same
 from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter, clocked
 from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
 from r1s_jax.run.progress import Progress
 from r1s_jax.run.report import final_report
 from r1s_jax.run.rundir import RunDir, write_json_atomic
-from r1s_jax.run.setup import Parts, build_parts
-from r1s_jax.types import Trajectory, UserError
+from r1s_jax.run.setup import Parts, build_parts, fingerprints
+from r1s_jax.types import UserError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,16 +50,22 @@ class Position:
     step: int = 0
     skipped_in_a_row: int = 0
     stream: dict[str, Any] | None = None
+    health: dict[str, Any] | None = None
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def train(config: RunConfig, run_dir: RunDir) -> int:
-    """Runs all stages, or what is left of them; returns the exit code (75: start again)."""
+    """Runs all stages, or what is left of them; returns the exit code (75: start again).
+
+    Several hosts call it together. Host 0 writes and speaks; the others write nothing but their
+    parts of the checkpoints.
+    """
     compiles = CompileCounter()
+    first = jax.process_index() == 0
     with (
         StopFlag() as stop,
-        Progress() as progress,
-        MetricsWriter(run_dir.path) as metrics,
+        Progress(shown=first) as progress,
+        MetricsWriter(run_dir.path, writes=first) as metrics,
         Checkpointer(run_dir.checkpoints, keep=config.keep_checkpoints) as checkpointer,
     ):
         progress.note(f"run directory {run_dir.path}")
@@ -64,10 +74,12 @@ def train(config: RunConfig, run_dir: RunDir) -> int:
         checkpointer.wait()
         if not finished:
             where = f"saved at step {run.at.step}" if run.at.step else "no step to save yet"
-            progress.note(f"{stop.reason}: {where}; the same command resumes")
+            progress.note(f"{run.asked_by}: {where}; the same command resumes")
             return EXIT_TRY_AGAIN
         summary = run.finish()
     compiles.close()
+    if not first:
+        return 0
     # Only now: on a terminal the live bar would share a line with the table.
     final_report(summary["results"], summary["floors"], [s.name for s in config.stages])
     print(f"Hugging Face checkpoint: {summary['export']}", flush=True)
@@ -89,12 +101,17 @@ class _Run:
     ):
         self.config, self.run_dir, self.progress = config, run_dir, progress
         self.metrics, self.checkpointer, self.compiles = metrics, checkpointer, compiles
-        self.stop = stop
-        self.samples = TrajectoryWriter(run_dir.path, config.trajectories_per_step)
+        self.stop, self.asked_by = stop, ""
+        self.first = jax.process_index() == 0
+        self.samples = TrajectoryWriter(
+            run_dir.path, config.trajectories_per_step, writes=self.first
+        )
         self.at = Position(rows=0)
         self.summary: dict[str, Any] = {}  # of a finished run
         self.parts: Parts = build_parts(config)
         parts = self.parts
+        if jax.process_count() > 1:
+            require_same(fingerprints(parts))
         progress.note(f"engine: {parts.engine.plan}")
         self.learner = Learner(
             parts.model,
@@ -106,6 +123,13 @@ class _Run:
         )
         self.rollout = Rollout(
             parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout
+        )
+        self.health = Health(
+            config.health,
+            max_searches=config.rollout.max_searches,
+            dtype="bfloat16"
+            if "bfloat16" in (config.dtype, config.learner.compute_dtype)
+            else "float32",
         )
         self._restore()
         if self.at.stage < len(config.stages):
@@ -131,48 +155,34 @@ class _Run:
 
     def _train(self, stage: StageConfig) -> bool:
         """The steps of a stage that are left; the last one is saved. False if asked to leave."""
-        if self.stop.requested and self.at.stage_step < stage.steps:
+        if self.at.stage_step < stage.steps and self._asked_to_leave():
             return False
-        stream = QuestionStream(
+        stream = question_stream(
+            self.config.curriculum,
             self.parts.train_questions,
             batch_size=self.config.questions_per_step,
             seed=self.config.seed,
         )
         if self.at.stream is not None:
             stream.restore(self.at.stream)
-        reward = reward_by_name(stage.reward)
+        reward = shaped(reward_by_name(stage.reward), self.config.shaping)
+        self.health.begin_stage(stage.name, pays_for_answer=pays_for_answer(stage.reward))
         while self.at.stage_step < stage.steps:
+            if self._due(self.config.evaluation.every) and not self._evaluate(
+                [(stage.name, "search")]
+            ):
+                return False
             started = time.perf_counter()
 
-            # ---- questions -> trajectories
-            result = self.rollout.run(
-                next(stream),
-                samples=self.config.samples_per_question,
-                sampling=self.config.sampling,
-                call=Call(
-                    seed=self.config.seed,
-                    phase=f"train/{stage.name}",
-                    step=self.at.stage_step,
-                ),
-                min_survivors=2,
-            )
-            if result.failed:
-                self.progress.note(f"{result.failed} episodes lost: {result.failure}")
-            trajectories = [t for group in result.groups for t in group.trajectories]
-            group_ids = [i for i, g in enumerate(result.groups) for _ in g.trajectories]
-
-            # ---- rewards
-            rewards = [reward(t) for t in trajectories]
-            totals = np.array([r.total for r in rewards], np.float64)
-            if stage.permute_rewards:
-                key = row_seed(
-                    self.config.seed, f"permute/{stage.name}", self.at.stage_step, "", 0, 0
-                )
-                totals = np.random.default_rng(key).permutation(totals)
+            # ---- questions -> trajectories -> rewards
+            played = collect(self.rollout, stream, reward, self.config, stage, self.at.stage_step)
+            if failed := sum(r.failed for r in played.results):
+                why = next(r.failure for r in played.results if r.failure)
+                self.progress.note(f"{failed} episodes lost: {why}")
 
             # ---- advantages -> update -> new weights for the engine
             learning = time.perf_counter()
-            learned = self._update(trajectories, totals, np.array(group_ids))
+            learned = self._update(played)
             self.at.step += 1
             self.at.stage_step += 1
             self.at.stream = stream.state()
@@ -181,13 +191,16 @@ class _Run:
             # ---- log, save
             learned["learn_seconds"] = time.perf_counter() - learning
             learned["step_seconds"] = time.perf_counter() - started
-            self._log(stage, result, trajectories, totals, learned)
-            self.samples.write(self.at.step, stage.name, trajectories, [r.parts for r in rewards])
+            self._log(stage, played, learned)
+            self.samples.write(
+                self.at.step, stage.name, played.trajectories, [r.parts for r in played.rewards]
+            )
             ended = self.at.stage_step == stage.steps
-            due = self.at.stage_step % self.config.checkpoint_every == 0
-            if ended or due or self.stop.requested:
+            due = self._due(self.config.checkpoint_every) or self._due(self.config.evaluation.every)
+            leaving = self._asked_to_leave()
+            if ended or due or leaving:
                 self._save()
-            if self.stop.requested:
+            if leaving:
                 return False
         return True
 
@@ -204,14 +217,15 @@ class _Run:
                 "compiles": self.compiles.count,
                 "export": str(export),
             }
-            write_json_atomic(self.run_dir.summary, self.summary)
+            if self.first:
+                write_json_atomic(self.run_dir.summary, self.summary)
         # After the summary, whose figures the model card shows; a resumed run exports again.
         export_policy(
             self.config,
             self.run_dir,
             self.at.step,
             self.parts.model,
-            self.learner.state.params,
+            self.learner.policy(),
             source=self.parts.checkpoint,
             tokenizer=self.parts.tokenizer,
             out=export,
@@ -228,17 +242,20 @@ class _Run:
         self._push()
         self.compiles.reset()
 
-    def _update(
-        self, trajectories: Sequence[Trajectory], totals: np.ndarray, group_ids: np.ndarray
-    ) -> dict[str, float]:
+    def _update(self, played: Collected) -> dict[str, float]:
         """The learner's update; refuses to go on after too many that were not finite."""
-        learned = self.learner.update(trajectories, totals, group_ids)
-        skipped = learned["skipped_updates"]
-        self.at.skipped_in_a_row = int(self.at.skipped_in_a_row + skipped) if skipped else 0
+        chosen = [t for t, c in zip(played.trajectories, played.chosen_N, strict=True) if c]
+        totals_N, ids_N = played.totals_N[played.chosen_N], played.group_ids_N[played.chosen_N]
+        learned = self.learner.update(chosen, totals_N, ids_N)
+        if learned["updates"]:
+            all_skipped = learned["skipped_at_end"] == learned["updates"]
+            before = self.at.skipped_in_a_row if all_skipped else 0
+            self.at.skipped_in_a_row = before + int(learned["skipped_at_end"])
         if self.at.skipped_in_a_row >= self.config.max_skipped_updates:
             path = self.run_dir.path / "offending_batch.json"
-            rows = [t.token_ids_T.tolist() for t in trajectories]
-            write_json_atomic(path, {"step": self.at.step, "token_ids": rows})
+            rows = [t.token_ids_T.tolist() for t in chosen]
+            if self.first:
+                write_json_atomic(path, {"step": self.at.step, "token_ids": rows})
             raise UserError(
                 f"step {self.at.step}: {self.at.skipped_in_a_row} updates in a row had a gradient "
                 f"that is not finite (max_skipped_updates = {self.config.max_skipped_updates}); "
@@ -246,28 +263,30 @@ class _Run:
             )
         return learned
 
-    def _log(
-        self,
-        stage: StageConfig,
-        result: RolloutResult,
-        trajectories: Sequence[Trajectory],
-        totals: np.ndarray,
-        learned: dict[str, float],
-    ) -> None:
+    def _log(self, stage: StageConfig, played: Collected, learned: dict[str, float]) -> None:
+        totals, results = played.totals_N, played.results
+        seconds = sum(r.seconds for r in results)
+        sampled = sum(r.sampled_tokens for r in results)
         row = {
             "reward_mean": float(totals.mean()) if len(totals) else 0.0,
             "reward_std": float(totals.std()) if len(totals) else 0.0,
-            **summarise(trajectories),
-            "retrieval_failed": float(result.failed),
-            "dropped_groups": float(result.dropped_groups),
+            "contrast_rate": played.contrast_rate,
+            **summarise(played.trajectories),
+            "retrieval_failed": float(sum(r.failed for r in results)),
+            "dropped_groups": float(sum(r.dropped_groups for r in results)),
+            "refills": float(len(results) - 1),
             **learned,
-            "tokens_per_second": result.sampled_tokens / result.seconds,
-            "rollout_seconds": result.seconds,
-            "retrieval_seconds": result.retrieval_seconds,
-            "retrieval_wait_seconds": result.retrieval_wait_seconds,
-            "decode_utilization": result.decode_utilization,
+            "tokens_per_second": sampled / seconds,
+            "rollout_seconds": seconds,
+            "retrieval_seconds": sum(r.retrieval_seconds for r in results),
+            "retrieval_wait_seconds": sum(r.retrieval_wait_seconds for r in results),
+            "decode_utilization": sampled / max(1, sum(r.row_steps for r in results)),
             "compiles": float(self.compiles.count),
         }
+        for alarm in self.health.check(row):
+            self.progress.note(f"alarm at step {self.at.step}: {alarm}")
+        row["alarms"] = float(len(self.health.active))
+        self.at.health = self.health.state()
         self.metrics.write(self.at.step, stage.name, "train", row)
         total = sum(s.steps for s in self.config.stages)
         self.progress.update(stage.name, self.at.step, total, row)
@@ -278,7 +297,7 @@ class _Run:
         What was trained is saved before; a run that resumes evaluates anew.
         """
         for name, mode in what:
-            if self.stop.requested:
+            if self._asked_to_leave():
                 return False
             self.progress.note(f"evaluating {name}" + (f", {mode}" if mode != "search" else ""))
             figures, trajectories = evaluate(self.parts, self.config, mode)
@@ -292,9 +311,20 @@ class _Run:
             )
         return True
 
+    def _due(self, every: int) -> bool:
+        """Whether the stage's step is one of every so many; 0: none is."""
+        return every > 0 and self.at.stage_step > 0 and self.at.stage_step % every == 0
+
+    def _asked_to_leave(self) -> bool:
+        """Whether a signal asked any host to; all hosts ask together and get one answer."""
+        asked = [(reason, host) for host, reason in enumerate(from_all_hosts(self.stop.reason))]
+        reason, host = next((each for each in asked if each[0]), ("", 0))
+        self.asked_by = f"{reason} on host {host}" if len(asked) > 1 else reason
+        return bool(reason)
+
     def _push(self) -> None:
         """Hands the learner's weights to the drained engine."""
-        self.parts.engine.set_weights(self.learner.state.params, self.at.step)
+        self.parts.engine.set_weights(self.learner.policy(), self.at.step)
 
     def _save(self) -> None:
         self.at.rows = self.metrics.rows
@@ -303,12 +333,15 @@ class _Run:
 
     def _restore(self) -> None:
         """Goes to the last checkpoint; what was written after it is cut off."""
-        if self.checkpointer.latest_step() is None:
+        latest = from_first_host(self.checkpointer.latest_step)
+        if latest is None:
             self.metrics.cut_back(0)
             self.samples.cut_back(-1)
-            self.run_dir.summary.unlink(missing_ok=True)
+            if self.first:
+                self.run_dir.summary.unlink(missing_ok=True)
             return
-        step, arrays, host = self.checkpointer.restore(self.learner.abstract_checkpoint())
+        wanted = self.learner.abstract_checkpoint()
+        step, arrays, host = self.checkpointer.restore(wanted, latest)
         if "rows" not in host["position"]:
             raise UserError(
                 f"{self.run_dir.checkpoints}/{step}: saved by an earlier version, which cannot be "
@@ -316,12 +349,19 @@ class _Run:
             )
         self.learner.restore(arrays)
         self.at = Position(**host["position"])
+        if self.at.health is not None:
+            self.health.restore(self.at.health)
         self.progress.note(f"resuming after step {step}")
         last = len(self.config.stages) - 1
         ended = self.at.stage == last and self.at.stage_step == self.config.stages[last].steps
-        if ended and self.run_dir.summary.exists():  # finished, evaluations included
-            self.summary = json.loads(self.run_dir.summary.read_text())
+        summary = from_first_host(self._written_summary)
+        if ended and summary:  # finished, evaluations included
+            self.summary = summary
             self.at.stage += 1
             return
         self.metrics.cut_back(self.at.rows)
         self.samples.cut_back(step)
+
+    def _written_summary(self) -> dict[str, Any]:
+        file = self.run_dir.summary
+        return json.loads(file.read_text()) if file.exists() else {}

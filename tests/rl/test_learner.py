@@ -12,7 +12,9 @@ import pytest
 
 from r1s_jax.models.decoder import DecoderConfig, init_params
 from r1s_jax.rl.advantages import advantages
-from r1s_jax.rl.learner import Learner, LearnerConfig
+from r1s_jax.rl.algorithm import AlgorithmConfig
+from r1s_jax.rl.config import LearnerConfig
+from r1s_jax.rl.learner import Learner
 from r1s_jax.sharding import MeshConfig, make_mesh
 from r1s_jax.types import Question, StopReason, TokenSource, Trajectory, UserError
 from tests import tiny
@@ -29,9 +31,9 @@ MODEL = DecoderConfig(
     attention_bias=True,
 )
 CONFIG = LearnerConfig(
-    learning_rate=1e-2, updates_per_rollout=2, rows=4, length_buckets=(8, 16), remat="none"
+    learning_rate=1e-2, updates_per_rollout=2, rows=4, row_tokens=24, remat="none"
 )
-LENGTHS = (7, 16, 16, 7, 7, 16, 7, 7, 16, 16)  # two lengths: two shapes to compile
+LENGTHS = (7, 16, 16, 7, 7, 16, 7, 7, 16, 16)  # rows of three sevens, or of both
 REWARDS = np.array([1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 1.0, 1.0, -2.0, 0.3])
 GROUPS = np.repeat(np.arange(5), 2)
 
@@ -41,8 +43,7 @@ def params():
     return init_params(MODEL, 0)
 
 
-@pytest.fixture(scope="module")
-def trajectories():
+def episodes():
     """Episodes whose sampled tokens surround an observation; sampler log-probs are off by 0.5."""
     rng = np.random.default_rng(0)
     made = []
@@ -68,6 +69,11 @@ def trajectories():
     return made
 
 
+@pytest.fixture(scope="module")
+def trajectories():
+    return episodes()
+
+
 def learner(params, mesh=None, **changes) -> Learner:
     return Learner(
         MODEL,
@@ -89,7 +95,7 @@ def plain_logprobs(params, ids):
 def plain_update(params, trajectories, rewards):
     """Two updates, row by row without padding, batching or sharding."""
     counts = np.array([t.sampled_count for t in trajectories])
-    scalars = advantages(rewards, GROUPS, counts, estimator=CONFIG.estimator)
+    scalars = advantages(rewards, GROUPS, counts, estimator=CONFIG.algorithm.estimator)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0)
     )
@@ -170,13 +176,14 @@ def test_first_ratio_is_one_and_entropy_is_below_uniform(params, trajectories):
 def test_groups_without_contrast_are_left_out(params, trajectories):
     """The update is that of the others alone; with none left nothing moves."""
     others = [i for i in range(10) if i not in (6, 7)]  # both of these have 1.0
-    whole, part = learner(params, drop_zero_variance=True), learner(params)
+    dropping = AlgorithmConfig(drop_zero_variance=True)
+    whole, part = learner(params, algorithm=dropping), learner(params)
     metrics = whole.update(trajectories, REWARDS, GROUPS)
     part.update([trajectories[i] for i in others], REWARDS[others], GROUPS[others])
     assert metrics["learned_episodes"] == 8
     jax.tree.map(np.testing.assert_array_equal, whole.state.params, part.state.params)
 
-    start = learner(params, drop_zero_variance=True)
+    start = learner(params, algorithm=dropping)
     nothing = start.update(trajectories, np.ones(10), GROUPS)
     assert nothing.keys() == metrics.keys()  # a row of metrics.jsonl always has the same names
     assert nothing["learned_episodes"] == 0 and np.isnan(nothing["logprob_gap"])
@@ -188,14 +195,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params, trajectori
     one = learner(bad)
     before = jax.tree.map(np.asarray, one.state.opt_state)
     metrics = one.update(trajectories, REWARDS, GROUPS)
-    assert metrics["skipped_updates"] == 2.0
+    assert metrics["skipped_updates"] == metrics["skipped_at_end"] == 2.0
     assert_close(one.state.opt_state, before, 0.0)
 
 
 def test_kl_weight_pulls_towards_the_reference_and_zero_never_evaluates_it(params, trajectories):
     one = learner(params)
     assert one.reference is None
-    held = learner(params, kl_coefficient=0.1)
+    held = learner(params, algorithm=AlgorithmConfig(kl_weight=0.1))
     moved = jax.tree.map(lambda x: x + np.float32(0.05), params)
     held.restore({"state": learner(moved).state, "reference": held.reference})
     metrics = held.update(trajectories, np.zeros(10), GROUPS)  # only the KL term acts

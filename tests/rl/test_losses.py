@@ -1,149 +1,226 @@
-"""The loss and its gradient against float64 loops; micro-batches against the whole."""
+"""The policy loss on a row or two, worked out by hand; `test_algorithms` has the random batches."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.rl.losses import policy_loss
+from r1s_jax.rl.algorithm import AlgorithmConfig
+from r1s_jax.rl.losses import policy_loss, segment_sums, sum_names
+
+# One row: episode 1 with ratios 2 and 1/2 around a document, episode 2 with a ratio of 1.1,
+# padding. Every token weighs 1/2.
+NEW = np.log([[0.9, 0.8, 0.1, 0.2, 0.9, 0.55, 0.9]])
+OLD = np.log([[0.1, 0.4, 0.9, 0.4, 0.9, 0.50, 0.1]])
+MASK = np.array([[0, 1, 0, 1, 0, 1, 0]], bool)
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 0]])
+ENTROPY = np.array([[9.0, 1.0, 9.0, 2.0, 9.0, 4.0, 9.0]])
 
 
-def _inputs(seed=0, rows=6, tokens=5):
-    rng = np.random.default_rng(seed)
-    old = -rng.exponential(size=(rows, tokens)).astype(np.float32)
-    new = old + rng.normal(size=old.shape, scale=0.4).astype(np.float32)
-    advantages = rng.normal(size=rows).astype(np.float32)
-    mask = rng.random(old.shape) < 0.6
-    mask[0] = np.arange(tokens) == 2  # a one-token response
-    mask[1] = False  # a padding row
-    mask[2] = True
-    return new, old, advantages, mask
+def run(
+    advantages,
+    *,
+    new=NEW,
+    old=OLD,
+    drawn=OLD,
+    ref=None,
+    weights=0.5,
+    mask=MASK,
+    beside=0.0,
+    **config,
+):
+    """(loss, gradient by log-prob, gradient by entropy, sums).
 
+    `advantages` are those of the two episodes; off the mask stands `beside`.
+    """
+    per_token = np.where(MASK, np.choose(SEGMENTS, [0.0, *advantages]), beside)
 
-def _reference(new, old, advantages, mask, total, low, high):
-    """Value, gradient with respect to `new`, and diagnostics, by hand in float64."""
-    new, old = new.astype(np.float64), old.astype(np.float64)
-    value, gradient = 0.0, np.zeros_like(new)
-    aux = dict.fromkeys(("clip_fraction", "ratio_mean", "approx_kl"), 0.0)
-    for b in range(len(new)):
-        positions = np.flatnonzero(mask[b])
-        for t in positions:
-            weight = 1.0 / (len(positions) * total)
-            ratio = np.exp(new[b, t] - old[b, t])
-            a = float(advantages[b] if advantages.ndim == 1 else advantages[b, t])
-            cut = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
-            bound = 1 + high if a > 0 else 1 - low
-            value -= weight * a * (bound if cut else ratio)
-            gradient[b, t] = 0.0 if cut else -weight * a * ratio
-            aux["clip_fraction"] += weight * cut
-            aux["ratio_mean"] += weight * ratio
-            aux["approx_kl"] += weight * (ratio - 1 - np.log(ratio))
-    return value, gradient, aux
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28)])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_value_gradient_and_diagnostics_equal_float64(seed, low, high, per_token):
-    new, old, advantages, mask = _inputs(seed)
-    if per_token:
-        advantages = np.random.default_rng(9).normal(size=new.shape).astype(np.float32)
-
-    def loss(x):
+    def loss(new, entropy):
+        arrays = [old, drawn, ref, per_token, np.full(SEGMENTS.shape, weights)]
+        f32 = [None if a is None else jnp.asarray(a, jnp.float32) for a in arrays]
+        segments = jnp.asarray(SEGMENTS)
         return policy_loss(
-            x, jnp.asarray(old), jnp.asarray(advantages), jnp.asarray(mask),
-            total_sequences=5, clip_low=low, clip_high=high,
-        )  # fmt: skip
+            AlgorithmConfig(**config), new, entropy, *f32, jnp.asarray(mask), segments
+        )
 
-    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(new))
-    want, want_gradient, want_aux = _reference(new, old, advantages, mask, 5, low, high)
-    assert want_aux["clip_fraction"] > 0.05  # the clip is at work in this test
-    np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=1e-7)
-    assert aux.keys() == want_aux.keys()
-    for name, number in want_aux.items():
-        np.testing.assert_allclose(aux[name], number, rtol=1e-5, atol=1e-6)
+    (value, sums), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        jnp.asarray(new, jnp.float32), jnp.asarray(ENTROPY, jnp.float32)
+    )
+    assert set(sums) == set(sum_names(AlgorithmConfig(**config)))
+    return float(value), *map(np.asarray, gradients), {k: float(v) for k, v in sums.items()}
 
 
-def test_by_hand():
-    """Ratios 2 and 1/2 on tokens 1 and 3 of one row, advantage 1, clip 0.2."""
-    new = jnp.log(jnp.array([[0.9, 0.8, 0.1, 0.2]]))
-    old = jnp.log(jnp.array([[0.1, 0.4, 0.9, 0.4]]))
-    mask = jnp.array([[False, True, False, True]])
-    value, aux = policy_loss(new, old, jnp.array([1.0]), mask, total_sequences=1)
-    np.testing.assert_allclose(value, -(1.2 + 0.5) / 2, rtol=1e-6)
-    np.testing.assert_allclose(aux["clip_fraction"], 0.5)
-    np.testing.assert_allclose(aux["ratio_mean"], 1.25, rtol=1e-6)
-    value, aux = policy_loss(new, old, jnp.array([-1.0]), mask, total_sequences=1)
-    np.testing.assert_allclose(value, (2.0 + 0.8) / 2, rtol=1e-6)
+def sampled(gradient):
+    """The three sampled tokens' part; the others' is exactly 0."""
+    assert not gradient[~MASK].any()
+    return gradient[MASK]
 
 
-def test_on_policy_gradient_is_the_policy_gradient():
-    """At ratio 1 nothing is cut: the gradient is -A / (tokens of the row x sequences)."""
-    _, old, advantages, mask = _inputs()
-    gradient = jax.grad(
-        lambda x: policy_loss(
-            x, jnp.asarray(old), jnp.asarray(advantages), jnp.asarray(mask), total_sequences=5
-        )[0]
-    )(jnp.asarray(old))
-    want = -advantages[:, None] * mask / np.maximum(mask.sum(1), 1)[:, None] / 5
-    np.testing.assert_allclose(gradient, want, rtol=1e-6)
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_microbatches_add_up_to_the_whole(rows):
-    arrays = tuple(jnp.asarray(a) for a in _inputs())
-
-    def loss(new, old, advantages, mask):
-        return policy_loss(new, old, advantages, mask, total_sequences=jnp.float32(5))
-
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (whole, whole_aux), whole_gradient = grad(*arrays)
-    parts = [grad(*(a[i : i + rows] for a in arrays)) for i in range(0, 6, rows)]
-    np.testing.assert_allclose(sum(p[0][0] for p in parts), whole, rtol=1e-6)
-    for name in whole_aux:
-        np.testing.assert_allclose(sum(p[0][1][name] for p in parts), whole_aux[name], rtol=1e-5)
-    np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), whole_gradient)
-
-
-def test_padding_is_exactly_nothing_whatever_it_holds():
-    """Infinite or NaN numbers off the mask used to reach the gradient as NaN."""
-    new, old, advantages, mask = _inputs()
-    dirty_new, dirty_old = np.where(mask, new, -np.inf), np.where(mask, old, np.nan)
-    dirty_advantages = advantages.copy()
-    dirty_advantages[1] = np.nan  # the empty row's
-
-    def grad(x, old, advantages):
-        return jax.value_and_grad(
-            lambda x: policy_loss(
-                x, jnp.asarray(old), jnp.asarray(advantages), jnp.asarray(mask), total_sequences=5
-            )[0]
-        )(jnp.asarray(x))
-
-    clean, dirty = grad(new, old, advantages), grad(dirty_new, dirty_old, dirty_advantages)
-    np.testing.assert_array_equal(clean[0], dirty[0])
-    np.testing.assert_array_equal(clean[1], dirty[1])
-    assert not np.asarray(clean[1])[~mask].any()
-
-    value, aux = policy_loss(
-        jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages), jnp.zeros(mask.shape, bool),
-        total_sequences=5,
-    )  # fmt: skip
-    assert value == 0.0
-    assert all(v == 0.0 for v in aux.values())
+def test_clip():
+    value, gradient, by_entropy, sums = run((1.0, -1.0))
+    close(value, 0.5 * (-1.2 - 0.5 + 1.1))
+    close(sampled(gradient), [0.0, -0.25, 0.55])
+    assert not by_entropy.any()
+    close(sums["clip_fraction"], 1)
+    close(sums["ratio_mean"], 2 + 0.5 + 1.1)
+    close(sums["entropy"], 7)
+    k3 = [r - 1 - np.log(r) for r in (2, 0.5, 1.1)]
+    close(sums["approx_kl"], sum(k3))
+    value, gradient, _, sums = run((-1.0, 1.0), clip_low=0.4, clip_high=0.05)
+    close(value, 0.5 * (2 + 0.6 - 1.05))
+    close(sampled(gradient), [1.0, 0.0, 0.0])
+    close(sums["clip_fraction"], 2)
 
 
-def test_old_logprobs_and_advantages_get_no_gradient():
-    new, old, advantages, mask = (jnp.asarray(a) for a in _inputs())
-    gradients = jax.grad(
-        lambda o, a: policy_loss(new, o, a, mask, total_sequences=5)[0], argnums=(0, 1)
-    )(old, advantages)
-    assert not any(np.asarray(g).any() for g in gradients)
+def test_cispo_keeps_the_gradient_of_what_it_clips():
+    value, gradient, _, sums = run((1.0, -2.0), objective="cispo")
+    close(value, 0.5 * (-1.2 * np.log(0.8) - 0.8 * np.log(0.2) + 2 * 1.1 * np.log(0.55)))
+    close(sampled(gradient), [-0.6, -0.4, 1.1])
+    close(sums["clip_fraction"], 2)
+
+
+def test_sequence_ratio_is_the_geometric_mean_of_an_episode():
+    """2 and 1/2 make 1; the neighbour in the row has its own 1.1."""
+    value, gradient, _, sums = run((1.0, 3.0), ratio="sequence")
+    close(value, 0.5 * (-1 - 1 - 3.3))
+    close(sampled(gradient), [-0.5, -0.5, -1.65])
+    close(sums["ratio_mean"], 3.1)
+    _, gradient, _, sums = run((1.0, 3.0), ratio="sequence", clip_high=0.05)
+    close(sampled(gradient), [-0.5, -0.5, 0])
+    close(sums["clip_fraction"], 1)
+
+
+def test_importance_weights_are_capped_and_get_no_gradient():
+    drawn = OLD - np.log([[1, 1.5, 1, 4, 1, 0.5, 1]])  # pi_old / mu
+    value, gradient, _, sums = run((1.0, -1.0), drawn=drawn, importance_cap=2.0)
+    close(value, 0.5 * (-1.2 * 1.5 - 0.5 * 2 + 1.1 * 0.5))
+    close(sampled(gradient), [0, -0.5, 0.275])
+    close(sums["importance_weight"], 1.5 + 2 + 0.5)
+
+
+@pytest.mark.parametrize(("second", "masked"), [(1.009, 0), (1.011, 1), (0.991, 0), (0.989, 1)])
+def test_band_masks_whole_episodes(second, masked):
+    """1.5 and 1 / 1.5 make 1: the mean counts, not each token."""
+    drawn = OLD - np.log([[7, 1.5, 7, 1 / 1.5, 7, second, 7]])
+    value, gradient, _, sums = run(
+        (1.0, -1.0), drawn=drawn, sequence_band=(0.99, 1.01), entropy_weight=0.1
+    )
+    close(value, 0.5 * (-1.2 - 0.5 - 0.3 + (1 - masked) * (1.1 - 0.4)))
+    close(sampled(gradient), [0, -0.25, 0.55 * (1 - masked)])
+    assert sums["sequence_masked"] == masked
+    assert sums["ratio_mean"] == pytest.approx(3.6)  # what is masked is still measured
+
+
+@pytest.mark.parametrize(
+    ("kl", "values", "slopes"),
+    [
+        ("k2", [np.log(2) ** 2 / 2, 0, np.log(2) ** 2 / 2], [np.log(2), 0, -np.log(2)]),
+        ("k3", [0.5 - 1 + np.log(2), 0, 2 - 1 - np.log(2)], [0.5, 0, -1]),
+    ],
+)
+def test_kl_in_the_loss(kl, values, slopes):
+    ref = NEW - np.log([[1, 2, 1, 1, 1, 0.5, 1]])  # pi / ref
+    value, gradient, _, sums = run((0.0, 0.0), ref=ref, kl=kl, kl_weight=0.3)
+    close(value, 0.15 * sum(values))
+    close(sampled(gradient), 0.15 * np.array(slopes))
+    close(sums["kl_ref"], sum(values))
+
+
+def test_entropy_bonus():
+    value, gradient, by_entropy, _ = run((0.0, 0.0), entropy_weight=0.1)
+    close(value, -0.05 * 7)
+    close(sampled(by_entropy), [-0.05] * 3)
+    assert not gradient.any()
+
+
+def test_llds_holds_what_is_rewarded_in_episodes_that_fell():
+    old = NEW + np.array([[0, 0.3, 0, -0.1, 0, 0.4, 0]])  # episode 1 fell by 0.2 in all
+    extras = {"old": old, "llds_weight": 0.5, "clip_low": 9.0, "clip_high": 9.0}
+    value, gradient, _, sums = run((0.0, -1.0), **extras)
+    close(sums["llds"], 0.3)
+    close(value, 0.5 * (0.5 * 0.3 + np.exp(-0.4)))
+    close(sampled(gradient), [-0.25, 0, 0.5 * np.exp(-0.4)])
+    extras["old"] = NEW + np.array([[0, 0.3, 0, -0.35, 0, 0, 0]])  # it rose; the other stood still
+    _, gradient, _, sums = run((0.0, 0.0), **extras)
+    assert sums["llds"] == 0.0 and not gradient.any()
+    extras["old"] = NEW + np.array([[0, 0.3, 0, 0, 0, 0, 0]])  # token 3 kept its log-prob
+    close(sampled(run((0.0, 0.0), **extras)[1]), [-0.25, 0, 0])
+
+
+def test_small_divergences_are_not_round_off():
+    """exp(x) - 1 - x is all noise in float32 for changes that one update makes."""
+    old = -np.ones(NEW.shape) - np.array([[0, 2**-13, 0, -(2**-12), 0, 2**-14, 0]])
+    new = -np.ones(NEW.shape)
+    _, _, _, sums = run((1.0, 1.0), new=new, old=old, ref=old, kl="k3", kl_weight=1.0)
+    want = sum(x**2 / 2 for x in (2.0**-13, 2.0**-12, 2.0**-14))
+    assert sums["approx_kl"] == pytest.approx(want, rel=1e-3)
+    assert sums["kl_ref"] == pytest.approx(want, rel=1e-3)
+
+
+EVERYTHING = {
+    "kl": "k3", "kl_weight": 0.3, "entropy_weight": 0.1, "llds_weight": 0.2, "importance_cap": 1.5,
+    "sequence_band": (0.5, 2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dirt", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+def test_what_stands_off_the_mask_is_nothing(dirt, ratio, objective):
+    def dirty(x):
+        return np.where(MASK, x, dirt)
+
+    config = dict(ratio=ratio, objective=objective, **EVERYTHING)
+    clean = run((1.0, -1.0), ref=OLD, **config)
+    arrays = {"new": dirty(NEW), "old": dirty(OLD), "drawn": dirty(OLD), "ref": dirty(OLD)}
+    again = run((1.0, -1.0), weights=dirty(0.5), beside=dirt, **arrays, **config)
+    for a, b in zip(clean[:3], again[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert clean[3] == again[3]
+    assert all(np.isfinite(list(clean[3].values())))
+
+    value, *gradients, sums = run(
+        (1.0, -1.0), mask=np.zeros_like(MASK), weights=dirt, **arrays, **config
+    )
+    assert value == 0.0 and not any(g.any() for g in gradients) and not any(sums.values())
+
+
+def test_only_log_probs_and_entropy_get_a_gradient():
+    arrays = [jnp.asarray(a, jnp.float32) for a in (OLD, OLD, OLD, 1 + 0 * OLD, 1 + 0 * OLD)]
+
+    def loss(old, drawn, ref, advantages, weights):
+        new, entropy = jnp.asarray(NEW, jnp.float32), jnp.asarray(ENTROPY, jnp.float32)
+        return policy_loss(
+            AlgorithmConfig(**EVERYTHING), new, entropy, old, drawn, ref, advantages, weights,
+            jnp.asarray(MASK), jnp.asarray(SEGMENTS),
+        )[0]  # fmt: skip
+
+    for gradient in jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*arrays):
+        assert not np.asarray(gradient).any()
+
+
+def test_segment_sums():
+    """Rows apart, numbers of a segment anywhere in the row, padding by itself."""
+    values = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0], [1.0, 1.0, 2.0, 3.0, 5.0, 8.0]])
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 64, 64, 0]])
+    want = [[3, 3, 28, 28, 28, 32], [1, 1, 2, 8, 8, 8]]
+    np.testing.assert_array_equal(segment_sums(values, segments), want)
+    slope = jax.grad(lambda v: (segment_sums(v, segments) * jnp.arange(6)).sum())(values)
+    np.testing.assert_array_equal(slope, [[1, 1, 9, 9, 9, 5], [0, 1, 2, 7, 7, 5]])
 
 
 def test_shapes_are_checked():
-    new, old, advantages, mask = (jnp.asarray(a) for a in _inputs())
-    with pytest.raises((AssertionError, TypeError)):
-        policy_loss(new, old[:, 1:], advantages, mask, total_sequences=5)
-    with pytest.raises((AssertionError, TypeError)):
-        policy_loss(new, old, advantages[:1], mask, total_sequences=5)
+    x = jnp.zeros((2, 3))
+    mask, segments = jnp.zeros((2, 3), bool), jnp.zeros((2, 3), int)
+    args = [x, x, x, x, None, x, x, mask, segments]
+    policy_loss(AlgorithmConfig(), *args)
+    for i in (0, 1, 2, 3, 5, 6, 7, 8):
+        wrong = [*args[:i], args[i][:, 1:], *args[i + 1 :]]
+        with pytest.raises((AssertionError, TypeError)):
+            policy_loss(AlgorithmConfig(), *wrong)

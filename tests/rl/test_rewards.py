@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from r1s_jax.rl.rewards import REWARDS, episode_metrics, reward_by_name
+from r1s_jax.rl.rewards import REWARDS, episode_metrics, judge, pays_for_answer, reward_by_name
 from r1s_jax.types import (
     Document,
     Question,
@@ -150,9 +150,28 @@ def test_a_failed_retrieval_is_never_scored(score):
         score(trajectory)
 
 
+def test_an_episode_is_judged_by_its_own_text():
+    """Judging keeps what it found last: the next episode must not be handed it."""
+    good, other = _trajectory(QUERY, DOCS, END), _trajectory(END.replace("Ada", "x"))
+    answers = [judge(t).answer for t in (good, other, good, good)]
+    assert answers == ["Ada Lovelace", "x Lovelace", "Ada Lovelace", "Ada Lovelace"]
+    assert [judge(t).searched for t in (good, other)] == [True, False]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_which_rewards_pay_for_the_answer(name):
+    right, wrong = (
+        reward_by_name(name)(_trajectory(QUERY, DOCS, END, answers=(gold,))).total
+        for gold in ("Ada Lovelace", "Bob")
+    )
+    assert pays_for_answer(name) is (right > wrong)
+
+
 def test_unknown_name_lists_the_presets():
     with pytest.raises(UserError, match=r"'stage1'.*paper_stage1.*code_qwen_stage2") as caught:
         reward_by_name("stage1")
+    with pytest.raises(UserError, match="'stage1'"):
+        pays_for_answer("stage1")
     assert "\n" not in str(caught.value)
 
 

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from r1s_jax.engine.state import EngineConfig
-from r1s_jax.rl.learner import LearnerConfig
+from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rollout.loop import RolloutConfig
 from r1s_jax.run.card import model_card
 from r1s_jax.run.config import PolicyConfig, RunConfig, StageConfig, WorldConfig

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models import hf
 from r1s_jax.models.decoder import DecoderConfig, init_params
-from r1s_jax.rl.learner import LearnerConfig
+from r1s_jax.rl.algorithm import AlgorithmConfig
+from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rollout.loop import Rollout, RolloutConfig
 from r1s_jax.run.config import EvaluationConfig, PolicyConfig, RunConfig, StageConfig, WorldConfig
 from r1s_jax.run.metrics import identical, read_rows
@@ -70,10 +71,10 @@ def config(policy):
             learning_rate=1e-3,
             updates_per_rollout=2,
             rows=4,
-            length_buckets=(128,),
+            row_tokens=128,
             remat="none",
             # Random text earns no reward; the KL term gives the updates something to do.
-            kl_coefficient=0.1,
+            algorithm=AlgorithmConfig(kl_weight=0.1),
         ),
         evaluation=EvaluationConfig(documents=1, max_searches=1, controls=True),
         questions_per_step=4,

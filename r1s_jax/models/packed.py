@@ -1,0 +1,193 @@
+"""Attention of whole rows that hold several episodes each: causal, and within an episode only.
+
+On TPUs this is the splash kernel (`models.splash`). Elsewhere it is plain jnp, a block of queries
+at a time, and each block looks at no key behind its own end: what lies above the diagonal is mostly
+never computed, and scores are bounded in bytes. The backward pass is written out (flash attention,
+Dao et al. 2022, arXiv 2205.14135): it keeps the normalisers alone and computes a block's scores
+again, so no layer leaves scores behind, and no product asks for scores to be transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from r1s_jax.models import splash
+from r1s_jax.models.attention import MASKED
+from r1s_jax.sharding import partition_spec
+
+# Queries of a block: so many, or a sixteenth of a long row. Smaller ones skip more of the upper
+# triangle, larger ones are fewer.
+BLOCK, BLOCKS = 128, 16
+# Scores that are alive at a time, of several heads if they are small. (One head's block may exceed
+# it; that is 17 MB a query head of a group for a row of 8192.)
+SCORE_BYTES = 64 * 2**20
+_HEADS = (((2,), (2,)), ((0,), (0,)))  # [n a h] [n b h] -> [n a b]
+_FIRST = (((1,), (1,)), ((0,), (0,)))  # [n a b] [n a c] -> [n b c]
+_MIX = (((2,), (1,)), ((0,), (0,)))  # [n a b] [n b h] -> [n a h]
+
+
+def packed_attend(
+    segments_BT: Int[Array, "B T"] | None, mesh: Mesh | None = None
+) -> Callable[[Any, Any, Array, Array, Array], tuple[Array, Any]]:
+    """The decoder's `attend` callback for whole rows of several episodes; needs no cache.
+
+    A token sees itself and those before it that have its segment id; without ids every row is one
+    episode. With a mesh each device computes its own rows and heads, which must divide over it.
+    """
+    local = packed_attention
+    if mesh is not None:
+        if mesh.devices.flat[0].platform == "tpu":
+            local = splash.attention
+        heads = partition_spec(("rows", None, "heads", None))
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, partition_spec(("rows", None))),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return lambda _, cache, q, k, v: (local(q, k, v, segments_BT), cache)
+
+
+@jax.custom_vjp
+def packed_attention(
+    q_BTHh: Float[Array, "B T H h"],
+    k_BTKh: Float[Array, "B T K h"],
+    v_BTKh: Float[Array, "B T K h"],
+    segments_BT: Int[Array, "B T"] | None,
+) -> Float[Array, "B T H h"]:
+    """Grouped-query attention in jnp, scores scaled by h**-0.5; softmax in f32."""
+    return _forward(q_BTHh, k_BTKh, v_BTKh, segments_BT)[0]
+
+
+def _forward(
+    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segments_BT: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
+    """The result, and what the backward pass needs: nothing larger than the inputs."""
+    rows, _, heads, width = q_BTHh.shape
+    kv_heads = k_BTKh.shape[2]
+    q = _by_group(q_BTHh * width**-0.5, kv_heads)
+    k, v = (_by_group(x, kv_heads)[:, 0] for x in (k_BTKh, v_BTKh))
+    ids = None if segments_BT is None else jnp.repeat(segments_BT, kv_heads, axis=0)
+    out, level = _in_pieces(_look, (q, k, v, ids), heads // kv_heads)
+    return _by_row(out, rows), (q, k, v, ids, out, level)
+
+
+def _backward(kept: tuple[Any, ...], d_BTHh: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, ids, out, level = kept
+    rows, _, _, width = d_BTHh.shape
+    d = _by_group(d_BTHh, q.shape[0] // rows)
+    dq, dk, dv = _in_pieces(_look_back, (q, k, v, ids, out, level, d), q.shape[1])
+    dq = _by_row(dq, rows) * width**-0.5
+    return dq, _by_row(dk[:, None], rows), _by_row(dv[:, None], rows), None
+
+
+packed_attention.defvjp(_forward, _backward)
+
+
+def _look(
+    q: Float[Array, "n G T h"],
+    k: Float[Array, "n T h"],
+    v: Float[Array, "n T h"],
+    ids: Int[Array, "n T"] | None,
+) -> tuple[Float[Array, "n G T h"], Float[Array, "n G T"]]:
+    """What every query takes from the values, and the logarithm of its softmax's normaliser."""
+    mixed, levels = [], []
+    for start, end in _blocks(q.shape[2]):
+        block = q[:, :, start:end]
+        scores = _scores(block, k[:, :end])
+        scores = jnp.where(_visible(ids, start, end), scores, MASKED)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(axis=-1)
+        sums = _dot(_flat(weights).astype(v.dtype), v[:, :end], _MIX).reshape(block.shape)
+        mixed.append((sums / total[..., None]).astype(v.dtype))
+        levels.append(peak[..., 0] + jnp.log(total))
+    return jnp.concatenate(mixed, axis=2), jnp.concatenate(levels, axis=2)
+
+
+def _look_back(
+    q: Float[Array, "n G T h"],
+    k: Float[Array, "n T h"],
+    v: Float[Array, "n T h"],
+    ids: Int[Array, "n T"] | None,
+    out: Float[Array, "n G T h"],
+    level: Float[Array, "n G T"],
+    d: Float[Array, "n G T h"],
+) -> tuple[Float[Array, "n G T h"], Float[Array, "n T h"], Float[Array, "n T h"]]:
+    """Gradients by q, k and v, `d` being that by what `_look` returned first."""
+    # Sum over the keys of weight times its gradient: one number a query, known without them.
+    inner = (out.astype(jnp.float32) * d).sum(axis=-1)
+    dq = []
+    # Transposed, [n h T], which is how the products come without turning the scores.
+    dk, dv = jnp.zeros((2, k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
+    for start, end in _blocks(q.shape[2]):
+        block, d_block = q[:, :, start:end], d[:, :, start:end]
+        scores = _scores(block, k[:, :end])
+        weights = jnp.exp(scores - level[:, :, start:end, None])
+        weights = jnp.where(_visible(ids, start, end), weights, 0)
+        d_scores = weights * (_scores(d_block, v[:, :end]) - inner[:, :, start:end, None])
+        weights, d_scores = (_flat(x).astype(q.dtype) for x in (weights, d_scores))
+        dv = dv.at[:, :, :end].add(_dot(_flat(d_block), weights, _FIRST))
+        dk = dk.at[:, :, :end].add(_dot(_flat(block), d_scores, _FIRST))
+        dq.append(_dot(d_scores, k[:, :end], _MIX).reshape(block.shape).astype(q.dtype))
+    dk, dv = (x.swapaxes(1, 2).astype(k.dtype) for x in (dk, dv))
+    return jnp.concatenate(dq, axis=2), dk, dv
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Where each block of queries begins and ends."""
+    size = BLOCK * max(1, -(-length // (BLOCK * BLOCKS)))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _visible(ids: Array | None, start: int, end: int) -> Bool[Array, "#n 1 t S"]:
+    """Which of the keys before `end` a block's queries may look at."""
+    causal = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None, None]
+    if ids is None:
+        return causal
+    return causal & (ids[:, None, start:end, None] == ids[:, None, None, :end])
+
+
+def _scores(q: Float[Array, "n G t h"], k: Float[Array, "n S h"]) -> Float[Array, "n G t S"]:
+    return _dot(_flat(q), k, _HEADS).reshape(*q.shape[:3], k.shape[1])
+
+
+def _flat(x: Float[Array, "n G t w"]) -> Float[Array, "n Gt w"]:
+    """The queries of a group one behind the other, since they share keys and values."""
+    return x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def _dot(a: Array, b: Array, axes: Any) -> Array:
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def _by_group(x_BTHh: Float[Array, "B T H h"], kv_heads: int) -> Float[Array, "n G T h"]:
+    """Rows and key/value heads together first, the query heads of such a group second."""
+    rows, length, heads, width = x_BTHh.shape
+    split = x_BTHh.reshape(rows, length, kv_heads, heads // kv_heads, width)
+    return split.transpose(0, 2, 3, 1, 4).reshape(rows * kv_heads, -1, length, width)
+
+
+def _by_row(x: Float[Array, "n G T h"], rows: int) -> Float[Array, "B T H h"]:
+    return x.reshape(rows, -1, *x.shape[2:]).swapaxes(1, 2)
+
+
+def _in_pieces(run: Callable[..., Any], groups: tuple[Any, ...], heads: int) -> Any:
+    """`run` on so many rows and heads at a time as keep a block's scores within SCORE_BYTES."""
+    count, length = groups[1].shape[:2]
+    start, end = _blocks(length)[0]
+    most = max(1, SCORE_BYTES // (4 * heads * (end - start) * length))
+    size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+    if size == count:
+        return run(*groups)
+    split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), groups)
+    done = jax.lax.map(lambda piece: run(*piece), split)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), done)
