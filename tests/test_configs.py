@@ -142,3 +142,25 @@ def test_what_is_missing_is_named_with_its_source(name, checkpoint, words, tmp_p
     assert message.startswith("policy.checkpoint = ") and "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_presets_and_bindings_take_effect_in_the_order_given():
+    args = launch.parse_args(
+        None,
+        [
+            *("--config", "tiny", "--gin", "algorithm.AlgorithmConfig.clip_high = 0.5"),
+            *("--preset", "algorithms/dapo", "--preset", "samplers/variance"),
+            *("--gin", "algorithm.AlgorithmConfig.clip_low = 0.1"),
+        ],
+    )
+    run = launch.load_config(args.config, args.gin).value
+    rule = run.learner.algorithm
+    assert (rule.clip_low, rule.clip_high, rule.llds_weight) == (0.1, 0.28, 0.0)
+    assert run.max_refills == 3 and run.curriculum.sampler == "variance"
+    with pytest.raises(UserError, match=r"--preset grpo: .* algorithms/dapo, .*samplers/variance"):
+        launch.parse_args(None, ["--preset", "grpo"])
+
+
+def test_a_band_on_the_samplers_ratio_needs_all_of_the_distribution():
+    with pytest.raises(UserError, match=r"sequence_band = \(0\.99, 1\.01\) with .*top_p = 0\.95"):
+        config("tiny", "sampling.SamplingConfig.top_p = 0.95")

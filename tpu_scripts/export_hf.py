@@ -23,8 +23,9 @@ def main() -> None:
     config = launch.load_run_config(args.run_dir, args.gin)
     from r1s_jax.run.export import export_run
 
-    out = pathlib.Path(args.out or pathlib.Path(args.run_dir) / "hf").expanduser()
-    step, folder = export_run(config.value, args.run_dir, out)
+    kind = "adapters" if args.adapters else "hf"
+    out = pathlib.Path(args.out or pathlib.Path(args.run_dir) / kind).expanduser()
+    step, folder = export_run(config.value, args.run_dir, out, adapters=args.adapters)
     print(f"step {step} of {args.run_dir} is in {folder}", flush=True)
     if args.push is not None:
         name = pathlib.PurePath(args.run_dir).name
@@ -33,6 +34,12 @@ def main() -> None:
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where to write; RUN/hf if not given")
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a run that trained low-rank adapters: these alone, for PEFT, in RUN/adapters; "
+        "without it they are merged into the policy",
+    )
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",

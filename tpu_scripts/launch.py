@@ -105,7 +105,9 @@ def _included(preset: str) -> str:
     if not (CONFIGS / f"{preset}.gin").is_file():
         kinds = ("algorithms", "samplers", "meshes")
         known = sorted(f"{k}/{p.stem}" for k in kinds for p in (CONFIGS / k).glob("*.gin"))
-        raise UserError(f"--preset {preset}: no such file in configs; there are: {', '.join(known)}")
+        raise UserError(
+            f"--preset {preset}: no such file in configs; there are: {', '.join(known)}"
+        )
     return f'include "{preset}.gin"'
 
 

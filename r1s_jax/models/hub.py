@@ -26,6 +26,7 @@ _REPLACED = (
     *(SINGLE, "model-?????-of-?????.safetensors", INDEX),
     *("chat_template.*", "added_tokens.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt"),
+    *("config.json", "generation_config.json", "adapter_*"),
 )
 _TOKEN = "HF_TOKEN (or log in with `hf auth login`)"
 

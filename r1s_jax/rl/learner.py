@@ -135,19 +135,13 @@ class Learner:
         ]
         placed = [[self._put(batch) for batch in p.batches] for p in packed]
 
-        # ---- log-probs at the rollout's weights: of the first update they come with its gradient
-        old = [
-            [programs.score(self.state.params, self._base, batch) for batch in batches]
-            if i > 0 or algorithm.kl_in_reward
-            else None
-            for i, batches in enumerate(placed)
-        ]
-        ref = [
-            None
-            if self.reference is None
-            else [programs.score(self.reference, self._base, batch) for batch in batches]
-            for batches in placed
-        ]
+        # ---- log-probs at the rollout's weights; the first update has them with its gradient
+        def scores(params: Params, parts: Sequence[Sequence[Batch]]) -> list[list[Array]]:
+            return [[programs.score(params, self._base, b) for b in batches] for batches in parts]
+
+        first = 0 if algorithm.kl_in_reward else 1
+        old = [[]] * first + scores(self.state.params, placed[first:])
+        ref = [] if self.reference is None else scores(self.reference, placed)
 
         # ---- advantages, one number or one array an episode
         if algorithm.kl_in_reward:
@@ -173,9 +167,9 @@ class Learner:
                 values = self._values(
                     advantage[j],
                     weight[j],
-                    weight[j] if (olds := old[i]) is None else olds[j],
-                    None if (refs := ref[i]) is None else refs[j],
-                    fresh=olds is None,
+                    old[i][j] if i > 0 else weight[j],  # anything, where it is fresh
+                    ref[i][j] if ref else None,
+                    fresh=i == 0,
                 )
                 grads, found = programs.accumulate(
                     grads, self.state.params, self._base, batch, values
@@ -208,8 +202,8 @@ class Learner:
     def _with_kl(
         self,
         packed: Sequence[Packed],
-        old: Sequence[Any],
-        ref: Sequence[Any],
+        old: Sequence[Sequence[Array]],
+        ref: Sequence[Sequence[Array]],
         rewards_N: np.ndarray,
         group_ids_N: np.ndarray,
         kept_N: np.ndarray,

@@ -89,7 +89,9 @@ def policy_loss(
         weights = jnp.where(outside, 0.0, weights)
 
     # ---- extras
-    if ref_logprobs_BT is not None and config.kl != "k1":
+    if config.needs_reference and not config.kl_in_reward:
+        if ref_logprobs_BT is None:
+            raise ValueError(f"kl_weight = {config.kl_weight} needs the reference's log-probs")
         k1 = new - keep(frozen(ref_logprobs_BT))
         sums["kl_ref"] = k1**2 / 2 if config.kl == "k2" else jnp.expm1(-k1) + k1
         each = each + config.kl_weight * sums["kl_ref"]

@@ -49,13 +49,14 @@ Generate until `{tags.END_QUERY}` or `{tags.ANSWER_CLOSE}` is complete. After a 
 """
 
 
-def model_card(config: RunConfig, run: RunDir, step: int) -> str:
+def model_card(config: RunConfig, run: RunDir, step: int, *, library: str = "transformers") -> str:
     """README.md of the policy at `step`, in Markdown; the same run gives the same text.
 
+    `library`: what loads it, by its name on the hub.
     Figures are those of the run's summary, so an unfinished run has none.
     """
     base = config.policy.checkpoint
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if is_repo_id(base) and not resolve(base).exists():
         front["base_model"] = base
     front["tags"] = ["r1s_jax", "reinforcement-learning", "search", "arxiv:2503.05592"]

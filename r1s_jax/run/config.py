@@ -118,6 +118,12 @@ class RunConfig:
                 f"learner.row_tokens = {self.learner.row_tokens}, below engine.context = "
                 f"{self.engine.context}: longer episodes could not be trained on"
             )
+        if self.learner.algorithm.sequence_band is not None and self.sampling.top_p < 1.0:
+            raise UserError(
+                f"algorithm.sequence_band = {self.learner.algorithm.sequence_band} with "
+                f"sampling.top_p = {self.sampling.top_p}: what top_p cuts off would mask nearly "
+                "every episode; sample with top_p 1"
+            )
         if self.sampling.temperature <= 0.0:
             raise UserError(
                 f"sampling.temperature = {self.sampling.temperature}: training needs more than 0"

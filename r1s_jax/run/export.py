@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
 from etils import epath
 
-from r1s_jax.models import hf, weights
+from r1s_jax.models import hf, lora, weights
 from r1s_jax.models.decoder import DecoderConfig, Params, abstract_params
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.run.card import model_card
@@ -25,6 +26,7 @@ _FILES = {
     *hf.LICENCE_FILES,
 }
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_ADAPTER_FILES = {lora.CONFIG, lora.WEIGHTS, hf.CARD}
 
 
 def export_policy(
@@ -52,21 +54,31 @@ def export_policy(
     )
 
 
-def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[int, Path]:
+def export_run(
+    config: RunConfig, run_dir: epath.PathLike, out: Path, *, adapters: bool = False
+) -> tuple[int, Path]:
     """Writes the policy of the latest checkpoint; returns (step, folder).
 
-    The parameters alone are read, on the host's CPU. The folder appears whole or not at all.
+    What was trained is read alone, on the host's CPU. Low-rank adapters are merged into the policy
+    that the run started from, or with `adapters` written by themselves, for PEFT. The folder
+    appears whole or not at all.
 
     Raises:
         UserError: no checkpoint, one of another architecture than the run's starting policy
-            (whose shape and tokenizer the export takes), or `out` is not to be written over.
+            (whose shape and tokenizer the export takes), `out` is not to be written over, or
+            adapters are asked for and the run trained none.
     """
+    trained = config.learner.lora
+    if adapters and trained is None:
+        raise UserError(f"{run_dir}: trained the whole policy (learner.lora = None), no adapters")
     start = find_policy(config.policy)
-    require_replaceable(out, keep=start)
+    require_replaceable(out, keep=start, adapters=adapters)
     model = hf.read_config(start)
     tokenizer = Tokenizer.load(start, vocab_size=model.vocab_size)
     mesh = make_mesh(MeshConfig(), jax.devices("cpu"))
-    abstract, axes = abstract_params(model)
+    abstract, axes = (
+        abstract_params(model) if trained is None else lora.abstract_adapters(model, trained)
+    )
     wanted = jax.tree.map(
         lambda p, names: jax.ShapeDtypeStruct(
             p.shape, p.dtype, sharding=named_sharding(mesh, names)
@@ -76,21 +88,23 @@ def export_run(config: RunConfig, run_dir: epath.PathLike, out: Path) -> tuple[i
     )
     with Checkpointer(epath.Path(run_dir) / "checkpoints", read_only=True) as checkpointer:
         step, arrays, _ = checkpointer.restore({"state": {"params": wanted}}, partial=True)
+    params, run = arrays["state"]["params"], RunDir(path=epath.Path(run_dir), resumed=True)
+    if adapters and trained is not None:
+        card = model_card(config, run, step, library="peft")
+        base = config.policy.checkpoint
+        return step, lora.export_adapters(out, model, trained, params, base=base, card=card)
+    if trained is not None:
+        start = find_policy(config.policy, weights_of=start.name)
+        base = hf.load_params(start, model, mesh)
+        params = jax.jit(partial(lora.merged, config=trained))(base, params)
     folder = export_policy(
-        config,
-        RunDir(path=epath.Path(run_dir), resumed=True),
-        step,
-        model,
-        arrays["state"]["params"],
-        source=start,
-        tokenizer=tokenizer,
-        out=out,
+        config, run, step, model, params, source=start, tokenizer=tokenizer, out=out
     )
     return step, folder
 
 
-def require_replaceable(folder: Path, *, keep: Path | None = None) -> None:
-    """Refuses a folder that holds anything but an earlier export, or that is `keep`.
+def require_replaceable(folder: Path, *, keep: Path | None = None, adapters: bool = False) -> None:
+    """Refuses a folder that holds anything but an earlier export of the kind, or that is `keep`.
 
     Raises:
         UserError: naming the folder and what stands in the way.
@@ -102,11 +116,12 @@ def require_replaceable(folder: Path, *, keep: Path | None = None) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file, choose another folder")
     found = {child.name for child in folder.iterdir()}
-    if strangers := sorted(name for name in found - _FILES if not _SHARD.fullmatch(name)):
+    known, config = (_ADAPTER_FILES, lora.CONFIG) if adapters else (_FILES, hf.CONFIG)
+    if strangers := sorted(n for n in found - known if adapters or not _SHARD.fullmatch(n)):
         raise UserError(
             f"{folder}: holds {strangers[0]}, which no export does; choose another folder"
         )
-    if found and hf.CONFIG not in found:
-        raise UserError(f"{folder}: not empty and no export, it lacks {hf.CONFIG}")
-    if found and not {weights.SINGLE, weights.INDEX} & found:
+    if found and config not in found:
+        raise UserError(f"{folder}: not empty and no export, it lacks {config}")
+    if found and not adapters and not {weights.SINGLE, weights.INDEX} & found:
         raise UserError(f"{folder}: not empty and no export, it lacks {weights.SINGLE}")

@@ -22,7 +22,6 @@ from r1s_jax.types import Question, StopReason, TokenSource, Trajectory
 from tests.rl import reference
 from tests.rl.reference import Episode
 
-
 PRESETS = sorted(path.stem for path in (launch.CONFIGS / "algorithms").glob("*.gin"))
 
 
@@ -159,7 +158,6 @@ def _losses(
     whole = 40
     assert len(inputs) <= whole
     empty = empty_batch(layout.rows, layout.row_tokens, pad_id=0)
-    nothing = np.full(empty.tokens_BT.shape, np.nan)
     numbers = ("new", "entropy", "old", "ref", "drawn", "advantages", "weights")
     padding = dict.fromkeys(numbers, np.full(empty.tokens_BT.shape, np.nan))
     padding |= {"mask": empty.mask_BT, "segments": empty.segments_BT}

@@ -14,7 +14,6 @@ from tests.rl import reference
 from tests.rl.packed import PRESETS, Layout, Played, play, preset
 from tests.rl.reference import Episode, random_episode, random_episodes
 
-
 EXTRAS = {
     "k1": {"kl": "k1", "kl_weight": 0.3},
     "k2": {"kl": "k2", "kl_weight": 0.3},
@@ -111,13 +110,14 @@ def assert_played(
 
 
 def assert_same(got: reference.Update, want: reference.Update, tolerance: float) -> None:
-    """`tolerance` of each number, or of the largest among its like where that is more."""
-    names = ("by_logprob", "by_entropy")
-    pairs = [(getattr(got, n), getattr(want, n)) for n in names] + [([got.value], [want.value])]
-    for have, expected in pairs:
-        have, expected = np.hstack(have), np.hstack(expected)
-        scale = np.abs(expected).max(initial=1e-2)
-        np.testing.assert_allclose(have, expected, rtol=tolerance, atol=tolerance * scale)
+    """`tolerance` of each number, or of the largest gradient where that is more."""
+    largest = 0.0
+    for name in ("by_logprob", "by_entropy"):
+        have, expected = np.hstack(getattr(got, name)), np.hstack(getattr(want, name))
+        atol = tolerance * np.abs(expected).max()
+        np.testing.assert_allclose(have, expected, rtol=tolerance, atol=atol, err_msg=name)
+        largest = max(largest, atol)
+    np.testing.assert_allclose(got.value, want.value, rtol=tolerance, atol=largest)
     assert not set(want.sums) - set(got.sums)
     for key, number in got.sums.items():
         wanted = want.sums.get(key, 0.0)
