@@ -70,10 +70,10 @@ def bindings(world):
     return [f"{name} = {value.format(world)}" for name, value in SHAPES.items()]
 
 
-def make_run(world, path, *more):
-    """A run directory that has saved step 3 and not exported yet."""
+def make_run(world, path, *more, params=None):
+    """A run directory that has saved step 3 and not exported yet; `params` is what it trained."""
     run = open_run_dir(path, launch.load_config("tiny", [*bindings(world), *more]).text)
-    params = jax.tree.map(lambda p: p + 1, tiny.params())
+    params = params or jax.tree.map(lambda p: p + 1, tiny.params())
     state = LearnerState(
         params=params, opt_state={"mu": jax.tree.map(jax.numpy.zeros_like, params)}
     )

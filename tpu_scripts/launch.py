@@ -103,7 +103,7 @@ def parse_args(
 def _included(preset: str) -> str:
     """A preset as a binding: presets and bindings take effect in the order they are given in."""
     if not (CONFIGS / f"{preset}.gin").is_file():
-        kinds = ("algorithms", "samplers", "meshes")
+        kinds = ("algorithms", "samplers", "meshes", "adapters")
         known = sorted(f"{k}/{p.stem}" for k in kinds for p in (CONFIGS / k).glob("*.gin"))
         raise UserError(
             f"--preset {preset}: no such file in configs; there are: {', '.join(known)}"
