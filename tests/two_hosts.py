@@ -1,5 +1,6 @@
 """Starts a script on two hosts: two real processes of four devices each, on this machine."""
 
+import argparse
 import contextlib
 import os
 import pathlib
@@ -10,6 +11,9 @@ import sys
 import time
 
 import jax
+
+import launch
+from r1s_jax.run import supervise
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONGEST = 600  # seconds: nothing here waits longer
@@ -62,8 +66,28 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+def be_a_host(fn, *names):
+    """The main of a program for `two_hosts`: its exit code.
+
+    `fn` gets the host's index and the values of the arguments called `names`.
+    """
+    launch.prepare_environment()
+    parser = argparse.ArgumentParser()
+    supervise.add_options(parser)
+    for name in names:
+        parser.add_argument(name)
+    args = parser.parse_args()
+    child = supervise.child_of()
+    if child is None:
+        return supervise.supervise(supervise.this_host(args.host, args.coordinator), "run")
+    from r1s_jax.run import hosts
+
+    values = [getattr(args, name) for name in names]
+    return hosts.work(child, lambda: fn(child.host.index, *values), launch.explain)
+
+
 @contextlib.contextmanager
-def two_hosts(folder, command, *, each=((), ()), cwd=(None, None), same_coordinator=True):
+def two_hosts(folder, command, *, each=((), ()), cwd=(None, None)):
     """`command`, a list, with --host and --coordinator and the arguments of `each`.
 
     What is still there at the end is killed; a parent takes its child along.
@@ -84,8 +108,7 @@ def two_hosts(folder, command, *, each=((), ()), cwd=(None, None), same_coordina
     processes = []
     try:
         for i in (0, 1):
-            where = address if same_coordinator else free_address()
-            host = ["--host", f"{i}/2", "--coordinator", where]
+            host = ["--host", f"{i}/2", "--coordinator", address]
             with logs[i].open("wb") as out:
                 processes.append(
                     subprocess.Popen(

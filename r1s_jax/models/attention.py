@@ -1,4 +1,4 @@
-"""Attention in plain jnp: the reference for every platform, and the CPU's own path."""
+"""Attention in plain jnp under any mask: the reference for every platform (rows: `packed`)."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def token_logprobs(
     decoder = bind(model, params, dtype)
     attend = packed_attend(segments_BT, mesh)
     hidden, _ = decoder(tokens_BT, positions_BT, attend, scan=scan, remat=remat)
-    scored = _score(
-        _How(mesh, temperature, entropy_gradient, positions_per_chunk),
+    scored: Any = score(
+        How(mesh, temperature, entropy_gradient, positions_per_chunk),
         hidden,
         params["embedding" if model.tie_word_embeddings else "lm_head"],
         # A row's last position predicts nothing; what it says of its first token is dropped.
@@ -72,8 +72,8 @@ def token_logprobs(
     return logprobs, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
 
-class _How(NamedTuple):
-    """All that is no array."""
+class How(NamedTuple):
+    """All that `score` takes beside arrays; see `token_logprobs`."""
 
     mesh: Mesh | None
     temperature: float
@@ -100,33 +100,33 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _score(
-    how: _How,
+def score(
+    how: How,
     hidden_BTD: Float[Array, "B T D"],
     table_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability of the targets at the temperature, and the entropy."""
+    """Log-probability of the targets under hidden @ table.T / temperature, and the entropy."""
     return _forward(how, hidden_BTD, table_VD, targets_BT)[0]
 
 
-def _forward(how: _How, hidden_BTD: Array, table_VD: Array, targets_BT: Array) -> Any:
+def _forward(how: How, hidden_BTD: Array, table_VD: Array, targets_BT: Array) -> Any:
     """The results, and what the backward pass needs."""
     run = how.on_shards(functools.partial(_forward_shard, how), "hwt", "ttt")
     logprobs, entropy, level = run(hidden_BTD, table_VD, targets_BT)
     return (logprobs, entropy), (hidden_BTD, table_VD, targets_BT, level, entropy)
 
 
-def _backward(how: _How, kept: Any, grads: tuple[Array, Array]) -> tuple[Array, Array, None]:
+def _backward(how: How, kept: Any, grads: tuple[Array, Array]) -> tuple[Array, Array, None]:
     run = how.on_shards(functools.partial(_backward_shard, how), "hwttttt", "hw")
     return *run(*kept, *grads), None
 
 
-_score.defvjp(_forward, _backward)
+score.defvjp(_forward, _backward)
 
 
 def _forward_shard(
-    how: _How,
+    how: How,
     hidden_BTD: Float[Array, "B T D"],
     table_VD: Float[Array, "V d"],
     targets_BT: Int[Array, "B T"],
@@ -169,7 +169,7 @@ def _forward_shard(
 
 
 def _backward_shard(
-    how: _How,
+    how: How,
     hidden_BTD: Float[Array, "B T D"],
     table_VD: Float[Array, "V d"],
     targets_BT: Int[Array, "B T"],
@@ -216,7 +216,7 @@ class _Blocks:
     The last block begins early enough to be whole; what the one before it has had is not `fresh`.
     """
 
-    def __init__(self, how: _How, hidden_ND: Array, table_VD: Array, targets_N: Array):
+    def __init__(self, how: How, hidden_ND: Array, table_VD: Array, targets_N: Array):
         self._how, self._hidden, self._table, self._targets = how, hidden_ND, table_VD, targets_N
         self._length = table_VD.shape[0]
         self.size = how.block(hidden_ND.shape[0], self._length)

@@ -25,8 +25,8 @@ from r1s_jax.sharding import partition_spec
 # Queries of a block: so many, or a sixteenth of a long row. Smaller ones skip more of the upper
 # triangle, larger ones are fewer.
 BLOCK, BLOCKS = 128, 16
-# Scores that are alive at a time, of several heads if they are small. (One head's block may exceed
-# it; that is 17 MB a query head of a group for a row of 8192.)
+# Scores that are alive at a time, of as many rows and heads as that takes; one group at least,
+# which is 17 MB a query head for a row of 8192. The backward pass has three such arrays.
 SCORE_BYTES = 64 * 2**20
 _HEADS = (((2,), (2,)), ((0,), (0,)))  # [n a h] [n b h] -> [n a b]
 _FIRST = (((1,), (1,)), ((0,), (0,)))  # [n a b] [n a c] -> [n b c]
@@ -71,75 +71,76 @@ def _forward(
     q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segments_BT: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
     """The result, and what the backward pass needs: nothing larger than the inputs."""
-    rows, _, heads, width = q_BTHh.shape
+    rows, length, heads, width = q_BTHh.shape
     kv_heads = k_BTKh.shape[2]
     q = _by_group(q_BTHh * width**-0.5, kv_heads)
     k, v = (_by_group(x, kv_heads)[:, 0] for x in (k_BTKh, v_BTKh))
     ids = None if segments_BT is None else jnp.repeat(segments_BT, kv_heads, axis=0)
-    out, level = _in_pieces(_look, (q, k, v, ids), heads // kv_heads)
+    size = _piece(len(q), length, heads // kv_heads)
+    blocks = []
+    for start, end in _blocks(length):
+        # Nothing behind `end`, and of the queries' side nothing before `start`.
+        keys = k[:, :end], v[:, :end], None if ids is None else ids[:, :end]
+        blocks.append(_in_pieces(_look, (q[:, :, start:end], *keys), size))
+    out, level = (jnp.concatenate(x, axis=2) for x in zip(*blocks, strict=True))
     return _by_row(out, rows), (q, k, v, ids, out, level)
 
 
 def _backward(kept: tuple[Any, ...], d_BTHh: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, ids, out, level = kept
-    rows, _, _, width = d_BTHh.shape
-    d = _by_group(d_BTHh, q.shape[0] // rows)
-    dq, dk, dv = _in_pieces(_look_back, (q, k, v, ids, out, level, d), q.shape[1])
-    dq = _by_row(dq, rows) * width**-0.5
-    return dq, _by_row(dk[:, None], rows), _by_row(dv[:, None], rows), None
+    rows, length, _, width = d_BTHh.shape
+    size = _piece(len(q), length, q.shape[1])
+    d = _by_group(d_BTHh, len(q) // rows)
+    # Sum over the keys of weight times its gradient: one number a query, known without them.
+    inner = (out.astype(jnp.float32) * d).sum(axis=-1)
+    dq = []
+    # Transposed, [n h T], which is how the products come without turning the scores.
+    dk, dv = jnp.zeros((2, k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
+    for start, end in _blocks(length):
+        queries = (x[:, :, start:end] for x in (q, d, level, inner))
+        keys = k[:, :end], v[:, :end], None if ids is None else ids[:, :end]
+        block_q, block_k, block_v = _in_pieces(_look_back, (*queries, *keys), size)
+        dq.append(block_q)
+        dk, dv = dk.at[:, :, :end].add(block_k), dv.at[:, :, :end].add(block_v)
+    dq = _by_row(jnp.concatenate(dq, axis=2), rows) * width**-0.5
+    dk, dv = (_by_row(x.swapaxes(1, 2)[:, None], rows).astype(k.dtype) for x in (dk, dv))
+    return dq, dk, dv, None
 
 
 packed_attention.defvjp(_forward, _backward)
 
 
 def _look(
-    q: Float[Array, "n G T h"],
-    k: Float[Array, "n T h"],
-    v: Float[Array, "n T h"],
-    ids: Int[Array, "n T"] | None,
-) -> tuple[Float[Array, "n G T h"], Float[Array, "n G T"]]:
-    """What every query takes from the values, and the logarithm of its softmax's normaliser."""
-    mixed, levels = [], []
-    for start, end in _blocks(q.shape[2]):
-        block = q[:, :, start:end]
-        scores = _scores(block, k[:, :end])
-        scores = jnp.where(_visible(ids, start, end), scores, MASKED)
-        peak = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(axis=-1)
-        sums = _dot(_flat(weights).astype(v.dtype), v[:, :end], _MIX).reshape(block.shape)
-        mixed.append((sums / total[..., None]).astype(v.dtype))
-        levels.append(peak[..., 0] + jnp.log(total))
-    return jnp.concatenate(mixed, axis=2), jnp.concatenate(levels, axis=2)
+    q: Float[Array, "n G t h"],
+    k: Float[Array, "n S h"],
+    v: Float[Array, "n S h"],
+    ids: Int[Array, "n S"] | None,
+) -> tuple[Float[Array, "n G t h"], Float[Array, "n G t"]]:
+    """What the last t tokens take from the values, and the logarithm of the normaliser."""
+    scores = jnp.where(_visible(ids, q, k), _scores(q, k), MASKED)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1)
+    mixed = _dot(_flat(weights).astype(v.dtype), v, _MIX).reshape(q.shape) / total[..., None]
+    return mixed.astype(v.dtype), peak[..., 0] + jnp.log(total)
 
 
 def _look_back(
-    q: Float[Array, "n G T h"],
-    k: Float[Array, "n T h"],
-    v: Float[Array, "n T h"],
-    ids: Int[Array, "n T"] | None,
-    out: Float[Array, "n G T h"],
-    level: Float[Array, "n G T"],
-    d: Float[Array, "n G T h"],
-) -> tuple[Float[Array, "n G T h"], Float[Array, "n T h"], Float[Array, "n T h"]]:
+    q: Float[Array, "n G t h"],
+    d: Float[Array, "n G t h"],
+    level: Float[Array, "n G t"],
+    inner: Float[Array, "n G t"],
+    k: Float[Array, "n S h"],
+    v: Float[Array, "n S h"],
+    ids: Int[Array, "n S"] | None,
+) -> tuple[Float[Array, "n G t h"], Float[Array, "n h S"], Float[Array, "n h S"]]:
     """Gradients by q, k and v, `d` being that by what `_look` returned first."""
-    # Sum over the keys of weight times its gradient: one number a query, known without them.
-    inner = (out.astype(jnp.float32) * d).sum(axis=-1)
-    dq = []
-    # Transposed, [n h T], which is how the products come without turning the scores.
-    dk, dv = jnp.zeros((2, k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
-    for start, end in _blocks(q.shape[2]):
-        block, d_block = q[:, :, start:end], d[:, :, start:end]
-        scores = _scores(block, k[:, :end])
-        weights = jnp.exp(scores - level[:, :, start:end, None])
-        weights = jnp.where(_visible(ids, start, end), weights, 0)
-        d_scores = weights * (_scores(d_block, v[:, :end]) - inner[:, :, start:end, None])
-        weights, d_scores = (_flat(x).astype(q.dtype) for x in (weights, d_scores))
-        dv = dv.at[:, :, :end].add(_dot(_flat(d_block), weights, _FIRST))
-        dk = dk.at[:, :, :end].add(_dot(_flat(block), d_scores, _FIRST))
-        dq.append(_dot(d_scores, k[:, :end], _MIX).reshape(block.shape).astype(q.dtype))
-    dk, dv = (x.swapaxes(1, 2).astype(k.dtype) for x in (dk, dv))
-    return jnp.concatenate(dq, axis=2), dk, dv
+    weights = jnp.exp(_scores(q, k) - level[..., None])
+    weights = jnp.where(_visible(ids, q, k), weights, 0)
+    d_scores = weights * (_scores(d, v) - inner[..., None])
+    weights, d_scores = (_flat(x).astype(q.dtype) for x in (weights, d_scores))
+    dq = _dot(d_scores, k, _MIX).reshape(q.shape).astype(q.dtype)
+    return dq, _dot(_flat(q), d_scores, _FIRST), _dot(_flat(d), weights, _FIRST)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -148,12 +149,13 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _visible(ids: Array | None, start: int, end: int) -> Bool[Array, "#n 1 t S"]:
-    """Which of the keys before `end` a block's queries may look at."""
-    causal = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None, None]
+def _visible(ids: Array | None, q: Array, k: Array) -> Bool[Array, "#n 1 t S"]:
+    """Which of the keys each of the last queries may look at."""
+    tokens, length = q.shape[2], k.shape[1]
+    causal = (jnp.arange(length - tokens, length)[:, None] >= jnp.arange(length))[None, None]
     if ids is None:
         return causal
-    return causal & (ids[:, None, start:end, None] == ids[:, None, None, :end])
+    return causal & (ids[:, None, -tokens:, None] == ids[:, None, None])
 
 
 def _scores(q: Float[Array, "n G t h"], k: Float[Array, "n S h"]) -> Float[Array, "n G t S"]:
@@ -180,12 +182,19 @@ def _by_row(x: Float[Array, "n G T h"], rows: int) -> Float[Array, "B T H h"]:
     return x.reshape(rows, -1, *x.shape[2:]).swapaxes(1, 2)
 
 
-def _in_pieces(run: Callable[..., Any], groups: tuple[Any, ...], heads: int) -> Any:
-    """`run` on so many rows and heads at a time as keep a block's scores within SCORE_BYTES."""
-    count, length = groups[1].shape[:2]
+def _piece(count: int, length: int, heads: int) -> int:
+    """How many of `count` groups of so many heads to take at a time."""
     start, end = _blocks(length)[0]
-    most = max(1, SCORE_BYTES // (4 * heads * (end - start) * length))
-    size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+    block = 4 * heads * (end - start) * length
+    # XLA may make the scores of all blocks before it uses any; a loop it does not take apart.
+    if count * block * len(_blocks(length)) <= 2 * SCORE_BYTES:
+        return count
+    most = max(1, min(SCORE_BYTES // block, count // 2))
+    return next(size for size in range(most, 0, -1) if count % size == 0)
+
+
+def _in_pieces(run: Callable[..., Any], groups: tuple[Any, ...], size: int) -> Any:
+    count = len(groups[0])
     if size == count:
         return run(*groups)
     split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), groups)

@@ -6,6 +6,8 @@ time. Blocks above the diagonal are skipped; those between two episodes are comp
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -52,9 +54,9 @@ def attention(
         q_seq_shards=1,
         interpret=interpret,
     )
-    if segments_BT is None:
-        mixed = jax.vmap(kernel)(q, k, v)
-    else:
-        ids = jnp.pad(segments_BT, ((0, 0), (0, pad)))
-        mixed = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(q=ids, kv=ids))
+    ids = None
+    if segments_BT is not None:
+        padded_ids = jnp.pad(segments_BT, ((0, 0), (0, pad)))
+        ids = kernels.SegmentIds(q=padded_ids, kv=padded_ids)
+    mixed = cast(Array, jax.vmap(kernel)(q, k, v, ids))
     return mixed.swapaxes(1, 2)[:, :length]

@@ -60,6 +60,8 @@ def work(child: ChildOf, fn: Callable[[], int | None], explain: Explain) -> int:
     except BaseException as error:
         if _of_the_runtime(error):
             time.sleep(_VERDICT)
+        if exchange is not None:
+            exchange.begin_to_fail()
         known = explain(error)
         if known is None:
             traceback.print_exc()
@@ -95,6 +97,7 @@ class _Exchange:
     def __init__(self, host: Host, client: Any):
         self._host, self._client = host, client
         self._stopped = threading.Event()
+        self._ending = threading.Lock()  # of whoever ends this process; never given back
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
@@ -112,9 +115,13 @@ class _Exchange:
         self._stopped.set()
         self._thread.join()
 
+    def begin_to_fail(self) -> None:
+        """From here on only this host's own error is shown; never returns after another's."""
+        self._stopped.set()
+        self._ending.acquire()
+
     def tell(self, code: int, line: str) -> None:
         """Lets the others end too, and returns when they have heard why."""
-        self._stopped.set()
         told = json.dumps([self._host.index, code, " ".join(line.split())])
         # If not: another has failed before, or nobody is left.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -130,11 +137,12 @@ class _Exchange:
                     continue
                 return  # the coordinator is gone, and the runtime is about to notice
             index, code, line = json.loads(told)
-            if not self._stopped.is_set():
+            if self._ending.acquire(blocking=False):
                 line = line.removeprefix("error: ")
                 print(f"error: host {index} of {self._host.count}: {line}", file=sys.stderr)
                 self._farewell(failed=False)
                 _leave(code)
+            return
 
     def _farewell(self, *, failed: bool) -> None:
         """Waits until nobody is left who could take this host's end for the reason of it all.

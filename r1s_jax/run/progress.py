@@ -39,8 +39,8 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console(stderr=True, highlight=False, quiet=not shown)
-        self._live = self._console.is_terminal
+        self._console = console or Console(stderr=True, highlight=False)
+        self._shown, self._live = shown, shown and self._console.is_terminal
         self._every, self._clock = every, clock
         self._figures: dict[str, str] = {}
         self._stage = ""
@@ -104,7 +104,8 @@ class Progress:
 
     def _plain(self, text: str) -> None:
         # Never as markup: brackets in questions and paths are not colours.
-        self._console.print(Text(text), soft_wrap=True)
+        if self._shown:
+            self._console.print(Text(text), soft_wrap=True)
 
     def _eta(self, steps: int) -> str:
         if self._seconds_per_step is None:

@@ -1,7 +1,7 @@
 """Log-probabilities and entropy of given tokens against float64, and what never exists."""
 
-import dataclasses
 import math
+import re
 from functools import partial
 
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.models.decoder import abstract_params
-from r1s_jax.models.logprobs import token_logprobs
+from r1s_jax.models.decoder import DecoderConfig, abstract_params, bind
+from r1s_jax.models.logprobs import How, score, token_logprobs
+from r1s_jax.models.packed import packed_attend
+from r1s_jax.sharding import MeshConfig, make_mesh, named_sharding
 from tests import tiny
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, tiny.MODEL.vocab_size)
@@ -55,57 +57,96 @@ def test_right_padding_changes_nothing():
     np.testing.assert_array_equal(run(TOKENS)[:, :7], run(other)[:, :7])
 
 
-@pytest.mark.parametrize("scan, remat", [(False, "full"), (True, "dots")])
-def test_gradient_is_that_of_the_plain_formula(scan, remat):
-    """Chunks, scan and remat leave the gradient alone; the entropy gives none."""
-    model, params = tiny.MODEL, tiny.params()
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=TOKENS.shape), jnp.float32)
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("chunk", [1024, 5], ids=["whole", "blocks of 128"])
+def test_gradient_against_float64(entropy_gradient, chunk):
+    """By hidden states and output matrix, where blocks do not divide the vocabulary."""
+    rng, temperature = np.random.default_rng(1), 0.7
+    hidden, table = rng.normal(size=(2, 9, 6)), rng.normal(size=(300, 6))
+    targets = rng.integers(0, 300, (2, 9))
+    by_logprob, by_entropy = rng.normal(size=(2, 2, 9))
+    logits = hidden @ table.T / temperature
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    picked = np.take_along_axis(np.log(p), targets[..., None], -1)[..., 0]
+    entropy = -(p * np.log(p)).sum(-1)
+    d_logits = by_logprob[..., None] * (np.eye(300)[targets] - p)
+    if entropy_gradient:
+        d_logits -= by_entropy[..., None] * p * (np.log(p) + entropy[..., None])
+    d_logits /= temperature
+    expected = (picked, entropy, d_logits @ table, np.einsum("btv,btd->vd", d_logits, hidden))
 
-    def ours(params):
+    @jax.jit
+    def run(hidden, table):
+        how = How(None, temperature, entropy_gradient, chunk)
+        out, back = jax.vjp(lambda *x: score(how, *x, jnp.asarray(targets)), hidden, table)
+        return *out, *back((jnp.float32(by_logprob), jnp.float32(by_entropy)))
+
+    got = run(jnp.float32(hidden), jnp.float32(table))
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_one_gradient_fits():
+    """With a vocabulary of 152k the logits cost nothing beside parameters, Adam and activations."""
+    model = DecoderConfig(
+        vocab_size=151_936,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    params, _ = abstract_params(model)
+    shape = (8, 1024)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def with_logits(params, ids):
         logprobs, entropy = token_logprobs(
-            model,
-            params,
-            TOKENS,
-            temperature=0.7,
-            scan=scan,
-            remat=remat,
-            positions_per_chunk=4,
+            model, params, ids, segments_BT=ids, scan=True, remat="full", entropy_gradient=True
         )
-        return (weights * (logprobs + entropy)).sum()
+        return (logprobs + entropy).sum()
 
-    def plain(params):
-        logprobs = jax.nn.log_softmax(tiny.full_logits(model, params, TOKENS) / 0.7)[:, :-1]
-        picked = jnp.take_along_axis(logprobs, TOKENS[:, 1:, None], axis=-1)[..., 0]
-        return (weights[:, 1:] * picked).sum()
+    def without(params, ids):
+        run = partial(bind(model, params), scan=True, remat="full")
+        return run(ids, ids, packed_attend(ids))[0].sum()
 
-    got, expected = (jax.jit(jax.grad(f))(params) for f in (ours, plain))
-    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-4, rtol=1e-4), got, expected)
-
-
-def sizes(jaxpr):
-    """Element counts of every value in a jaxpr and in the jaxprs inside it."""
-    for eqn in jaxpr.eqns:
-        yield from (math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
+    compiled, bare = (
+        jax.jit(jax.grad(f)).lower(params, tokens).compile() for f in (with_logits, without)
+    )
+    kept = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    floor = 3 * kept + bare.memory_analysis().temp_size_in_bytes
+    # One time `kept` more: the gradient itself.
+    assert 4 * kept + compiled.memory_analysis().temp_size_in_bytes < 1.3 * floor
+    assert max(map(math.prod, arrays(compiled))) < math.prod(shape) * model.vocab_size / 16
 
 
-def test_no_logits_of_all_positions():
-    """At a real vocabulary no value of forward or backward pass comes near [B, T, V]."""
-    vocab, rows, length, chunk = 151_936, 4, 256, 32
-    model = dataclasses.replace(tiny.MODEL, vocab_size=vocab)
-    shapes, _ = abstract_params(model)
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+def test_vocabulary_stays_split():
+    """On a mesh no device gets more of matrix or logits than its own half, nor its gradient."""
+    model, mesh = tiny.MODEL, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes, axes = abstract_params(model)
+    layout = jax.tree.map(
+        partial(named_sharding, mesh), axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    params = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), shapes, layout
+    )
+    rows = named_sharding(mesh, ("rows", None))
 
     def loss(params, tokens):
-        return token_logprobs(model, params, tokens, remat="full", positions_per_chunk=chunk)[
-            0
-        ].sum()
+        return token_logprobs(model, params, tokens, mesh=mesh, scan=True)[0].sum()
 
-    largest = max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(shapes, tokens).jaxpr))
-    assert chunk * vocab <= largest < rows * length * vocab / 16
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
+    compiled = jax.jit(jax.grad(loss), out_shardings=layout).lower(params, tokens).compile()
+    found = list(arrays(compiled))
+    assert any(model.vocab_size // 2 in shape for shape in found)
+    assert not any(model.vocab_size in shape for shape in found)
+
+
+def arrays(compiled):
+    """The shapes in a compiled program, those on one device."""
+    for dimensions in set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())):
+        yield tuple(map(int, dimensions.split(",")))
 
 
 def test_computing_in_bf16():

@@ -1,34 +1,18 @@
 """What `test_hosts` runs on each of two hosts: nothing but to meet, agree, and end in some way."""
 
-import argparse
 import sys
 import time
 
-import launch
-from r1s_jax.run import supervise
+import jax
+
+from r1s_jax.rollout.hosts import from_all_hosts, from_first_host
+from r1s_jax.run import hosts
+from r1s_jax.run.preemption import StopFlag
 from r1s_jax.types import UserError
+from tests.two_hosts import be_a_host
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    supervise.add_options(parser)
-    parser.add_argument("how")
-    args = parser.parse_args()
-    child = supervise.child_of()
-    if child is None:
-        return supervise.supervise(supervise.this_host(args.host, args.coordinator), "run")
-    from r1s_jax.run import hosts
-
-    return hosts.work(child, lambda: end(args.how, child.host.index), launch.explain)
-
-
-def end(how, index):
-    import jax
-
-    from r1s_jax.rollout.hosts import from_all_hosts, from_first_host
-    from r1s_jax.run import hosts
-    from r1s_jax.run.preemption import StopFlag
-
+def end(index, how):
     if how == "error at once" and index == 1:
         raise UserError("what.gin:3: no such thing")
     assert from_all_hosts(index) == [0, 1]
@@ -67,5 +51,4 @@ def end(how, index):
 
 
 if __name__ == "__main__":
-    launch.prepare_environment()
-    sys.exit(main())
+    sys.exit(be_a_host(end, "how"))

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r1s_jax.run.checkpoint import Checkpointer
+from r1s_jax.run.compiles import CompileCounter
 from r1s_jax.types import UserError
 
 
@@ -79,6 +80,18 @@ def test_restores_onto_another_mesh(tmp_path):
         arrays = checkpoints.restore(wanted)[1]
         assert arrays["params"]["embed"].sharding == one
         assert_same(arrays, tree)
+
+
+def test_a_save_compiles_nothing(tmp_path):
+    """Bug: arrays that several devices hold were cut into slices by programs of the first save."""
+    tree, counter = make(), CompileCounter()
+    assert not tree["params"]["embed"].sharding.is_fully_replicated
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, tree, {})
+        checkpoints.wait()
+        counter.close()
+        assert counter.count == 0
+        assert_same(checkpoints.restore(abstract(tree))[1], tree)
 
 
 def test_arrays_may_be_donated_while_they_are_written(tmp_path):

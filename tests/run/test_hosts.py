@@ -1,6 +1,6 @@
 """Hosts that train together: they meet, agree, fail together, and are told of a dead one.
 
-The programs are real processes of two hosts; what they train is left to `test_two_hosts`.
+The programs are real processes of two hosts; what they train is left to `test_train_on_two_hosts`.
 """
 
 import dataclasses

@@ -158,3 +158,19 @@ def test_trajectories(tmp_path):
     assert sorted(path.name for path in (tmp_path / "trajectories").iterdir()) == names[:2]
     with pytest.raises(ValueError, match="1 trajectories and 2 rewards"):
         writer.write(3, "stage1", [trajectory(0)], [{}, {}])
+
+
+def test_a_host_that_does_not_write_touches_nothing(tmp_path):
+    """Of several hosts that share a run directory, one writes; the others go through the same."""
+    fill(tmp_path, [1, 2])
+    TrajectoryWriter(tmp_path, per_step=2).write(2, "s", [trajectory(0)], [{}])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(before) >= 3
+    with MetricsWriter(tmp_path, writes=False) as metrics:
+        metrics.cut_back(0)
+        metrics.write(3, "s", "train", {"em": 1.0})
+        assert metrics.rows == 0
+    samples = TrajectoryWriter(tmp_path, per_step=2, writes=False)
+    samples.cut_back(0)
+    samples.write(3, "s", [trajectory(0)], [{}])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -55,6 +55,15 @@ def test_bar_on_a_terminal():
     assert "reward 0.500" in written(screen) and "hello" in written(screen)
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_one_of_several_hosts_says_nothing(terminal):
+    screen = console(terminal)
+    with Progress(console=screen, shown=False) as progress:
+        progress.update("stage2", 10, 10, {"reward_mean": 0.5})
+        progress.note("hello")
+    assert written(screen) == ""
+
+
 def test_final_table():
     screen = console()
     text = final_table("EM", ["policy", "EM"], [["base", 0.25], ["a|b", None]], console=screen)

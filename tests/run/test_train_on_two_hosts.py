@@ -104,7 +104,8 @@ def assert_same_run(one, other):
 
 def test_two_hosts_train_and_one_of_them_writes(whole):
     assert trained(whole.path) == [1, 2, 3, 4] and saved(whole.path) == STEPS
-    assert all(row["grad_norm"] > 0 for row in rows(whole.path) if row["phase"] == "train")
+    norms = [row["grad_norm"] for row in rows(whole.path) if row["phase"] == "train"]
+    assert sum(norm is not None and norm > 0 for norm in norms) >= 2  # else: groups all alike
     assert (whole.path / "hf" / "config.json").exists()
     assert [p for p in whole.path.iterdir() if p.name.startswith(".")] == []
     first, second = whole.screens
@@ -134,9 +135,8 @@ def test_a_killed_host_ends_the_other_and_both_resume(world, whole, tmp_path, de
     assert_same_run(whole.path, finish(world, tmp_path / "again", path).path)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_sigterm_on_one_host_saves_on_both(world, whole, tmp_path, index):
-    path = tmp_path / "run"
+def test_sigterm_on_one_host_saves_on_both(world, whole, tmp_path):
+    path, index = tmp_path / "run", 1
     with two_hosts(tmp_path / "stopped", command(world, path)) as hosts:
         hosts.wait_until(lambda: len(trained(path)) >= 1)
         hosts.signal(index, signal.SIGTERM)
@@ -178,7 +178,9 @@ def test_a_misspelt_binding_on_one_host(world, tmp_path):
 def test_another_setting_on_one_host(world, tmp_path):
     each = ([], ["--gin", "run.RunConfig.seed = 5"])
     said = refused(tmp_path, command(world, tmp_path / "run"), each=each)
-    assert "config.RunConfig.seed is 0 on host 0 and 5 on host 1: all need" in said[0] == said[1]
+    assert (
+        said == ["error: run.RunConfig.seed is 0 on host 0 and 5 on host 1: all need the same"] * 2
+    )
 
 
 def test_another_file_on_one_host(world, tmp_path):
@@ -221,7 +223,7 @@ def test_a_host_that_cannot_write_in_the_middle(world, tmp_path):
     """Bug: the other waited for it in the next collective."""
     path = tmp_path / "run"
     with two_hosts(tmp_path / "logs", command(world, path)) as hosts:
-        hosts.wait_until(lambda: (path / "trajectories").exists())
+        hosts.wait_until(lambda: rows(path))
         (path / "trajectories" / "stage1_000002.jsonl").mkdir()
         assert hosts.codes() == [1, 1]
         assert "IsADirectoryError" in hosts.said(0) and "Traceback" in hosts.said(0)
