@@ -29,6 +29,7 @@ from r1s_jax.run.metrics import read_rows  # noqa: E402
 ALGORITHMS = ("faithful", "stable", "grpo", "dapo", "gspo")
 STEPS, LONG_STEPS, EVERY = 28, 140, 4  # of stage 2
 TRY_AGAIN = 75
+DAPO_LENGTHS = ("shaping.ShapingConfig.overlong_max = 160", "shaping.ShapingConfig.overlong_cache = 64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Job:
             f"stage2/run.StageConfig.steps = {self.steps}",
             f"run.EvaluationConfig.every = {EVERY}",
             "run.EvaluationConfig.controls = False",
+            # Lengths of this world's episodes; only dapo looks at them.
+            *DAPO_LENGTHS * (self.algorithm == "dapo"),
         ):
             command += ["--gin", binding]
         print(f"{self.name}: {' '.join(command)}", flush=True)

@@ -97,7 +97,7 @@ def test_a_misspelt_binding_names_file_and_line(tmp_path):
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
-    with pytest.raises(UserError, match=r"learner\.rows = 16 .* data\*fsdp = 3"):
+    with pytest.raises(UserError, match=r"learner\.rows = 64 .* data\*fsdp = 3"):
         config("stage2", "sharding.MeshConfig.fsdp = 3")
     with pytest.raises(UserError, match=r"engine\.rows = 250 does not divide over 16 copies"):
         config("stage2", "engine.EngineConfig.rows = 250")
@@ -162,5 +162,7 @@ def test_presets_and_bindings_take_effect_in_the_order_given():
 
 
 def test_a_band_on_the_samplers_ratio_needs_all_of_the_distribution():
-    with pytest.raises(UserError, match=r"sequence_band = \(0\.99, 1\.01\) with .*top_p = 0\.95"):
+    with pytest.raises(UserError, match=r"sequence_band = \(0\.99, 1\.01\) with .*top_p=0\.95"):
         config("tiny", "sampling.SamplingConfig.top_p = 0.95")
+    with pytest.raises(UserError, match=r"sequence_band"):
+        config("tiny", "sampling.SamplingConfig.min_p = 0.05")

@@ -111,11 +111,6 @@ class QuestionStream(Iterator[list[Question]]):
             self._position = missing
         return [self._questions[i] for i in chosen]
 
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, of the last question given."""
-        return self._epoch
-
     def observe(
         self,
         question_ids: Sequence[str],

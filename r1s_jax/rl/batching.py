@@ -1,10 +1,9 @@
 """Trajectories -> packed learner batches of one static shape (host, numpy).
 
 An optimizer minibatch of episodes is laid into rows of `row_tokens` tokens, several episodes to a
-row (first fit, longest first: at most 11/9 of the fewest rows and one more, Yue 1991), and the
-rows are cut into micro-batches of `rows` rows. Episodes in a row do not see each other: each has a
-segment number of its own and positions that start at 0. The layout is a function of the episodes
-alone, in the order given: (question, sample), not arrival.
+row, and the rows are cut into micro-batches of `rows` rows. Episodes in a row do not see each
+other: each has a segment number of its own and positions that start at 0. The layout is a function
+of the episodes alone, in the order given: (question, sample), not arrival.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def pack(trajectories: Sequence[Trajectory], *, rows: int, row_tokens: int, pad_
     for trajectory in trajectories:
         _check(trajectory, longest=row_tokens)
     lengths_N = np.array([len(t.token_ids_T) for t in trajectories], np.int32)
-    filled = first_fit(lengths_N, row_tokens)
+    filled = fill_rows(lengths_N, row_tokens)
     # The last micro-batch may have empty rows.
     count = -(-len(filled) // rows)
     batches = [empty_batch(rows, row_tokens, pad_id) for _ in range(count)]
@@ -98,21 +97,29 @@ def pack(trajectories: Sequence[Trajectory], *, rows: int, row_tokens: int, pad_
     return Packed(batches=tuple(batches), places=tuple(p for p in places if p is not None))
 
 
-def first_fit(lengths_N: Int[np.ndarray, " N"], row_tokens: int) -> list[list[int]]:
-    """Episodes of every row: each, longest first, goes into the first row that has room for it."""
+def fill_rows(lengths_N: Int[np.ndarray, " N"], row_tokens: int) -> list[list[int]]:
+    """Episodes of every row: the longest that is left, and those of the rest that fill it best.
+
+    (The subset-sum heuristic of bin packing, Caprara & Pferschy 2004.) Longer ones are preferred
+    where two choices fill a row alike, of equal ones the first.
+    """
+    left = np.argsort(-lengths_N, kind="stable").tolist()
     rows: list[list[int]] = []
-    left: list[int] = []
-    for episode in np.argsort(-lengths_N, kind="stable").tolist():
-        length = int(lengths_N[episode])
-        fits = (
-            i for i, room in enumerate(left) if room >= length and len(rows[i]) < EPISODES_PER_ROW
-        )
-        row = next(fits, len(rows))
-        if row == len(rows):
-            rows.append([])
-            left.append(row_tokens)
-        rows[row].append(episode)
-        left[row] -= length
+    while left:
+        longest, *others = left
+        room = row_tokens - int(lengths_N[longest])
+        # Bit s of sums[i]: some of the first i others have s tokens together.
+        sums, within = [1], (1 << room + 1) - 1
+        for episode in others:
+            sums.append(sums[-1] | sums[-1] << int(lengths_N[episode]) & within)
+        total, chosen = sums[-1].bit_length() - 1, []
+        for i in range(len(others) - 1, -1, -1):
+            if not sums[i] >> total & 1:  # not to be had without this one
+                chosen.append(others[i])
+                total -= int(lengths_N[others[i]])
+        rows.append([longest, *reversed(chosen)][:EPISODES_PER_ROW])
+        taken = set(rows[-1])
+        left = [episode for episode in left if episode not in taken]
     return rows
 
 

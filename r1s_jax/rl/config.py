@@ -32,9 +32,18 @@ class LearnerConfig:
     lora: LoraConfig | None = None  # train adapters alone; None: all parameters
 
     def __post_init__(self) -> None:
-        for field in ("updates_per_rollout", "rows", "row_tokens"):
-            if getattr(self, field) < 1:
-                raise UserError(f"learner.{field} = {getattr(self, field)}, must be at least 1")
+        least = {
+            **dict.fromkeys(("updates_per_rollout", "rows", "row_tokens"), 1),
+            **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), 0),
+        }
+        for field, value in least.items():
+            if not getattr(self, field) >= value:
+                raise UserError(
+                    f"learner.{field} = {getattr(self, field)}, must be at least {value}"
+                )
+        for field in ("adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"learner.{field} = {getattr(self, field)}, must be in [0, 1)")
         if self.first_moment_dtype not in ("float32", "bfloat16"):
             raise UserError(
                 f"learner.first_moment_dtype = {self.first_moment_dtype!r}: float32 or bfloat16"

@@ -41,8 +41,12 @@ class Learner:
         params: Params,
         temperature: float,
         pad_id: int,
+        seed: int = 0,
     ):
-        """`params` become the start and, with a KL weight, the frozen reference."""
+        """`params` become the start and, with a KL weight, the frozen reference.
+
+        `seed` is that of adapters, where they are what is trained.
+        """
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if config.rows % shards:
             raise UserError(
@@ -50,7 +54,7 @@ class Learner:
             )
         self.config, self.mesh, self._pad_id = config, mesh, pad_id
         self._programs = LearnerPrograms(model, config, mesh, temperature=temperature)
-        trained, self._base = self._programs.begin(params)
+        trained, self._base = self._programs.begin(params, seed)
         self.state = LearnerState(params=trained, opt_state=self._programs.init(trained))
         # The update donates its input, so the reference is a copy.
         wanted = config.algorithm.needs_reference
@@ -74,6 +78,10 @@ class Learner:
             self.checkpoint(),
         )
 
+    def release(self) -> None:
+        """Lets go of the state, so that there is room for the one that `restore` brings."""
+        del self.state, self.reference
+
     def restore(self, arrays: dict[str, Any]) -> None:
         """Takes what `checkpoint()` gave."""
         self.state = arrays["state"]
@@ -93,8 +101,10 @@ class Learner:
         grads = programs.zeros(self.state.params)
         empty = empty_batch(self.config.rows, self.config.row_tokens, self._pad_id)
         batch, zeros = self._put(empty), np.zeros(empty.tokens_BT.shape, np.float32)
-        programs.score(self.state.params, self._base, batch)
-        values = self._values(zeros, zeros, zeros, zeros, fresh=True)
+        scored = programs.score(self.state.params, self._base, batch)
+        if self.config.algorithm.kl_in_reward:
+            programs.whole(scored)
+        values = self._values(zeros, zeros, scored, scored, fresh=True)
         grads, _ = programs.accumulate(grads, self.state.params, self._base, batch, values)
         self.policy()
         # A gradient that is not finite changes nothing: no second state is needed for this.
@@ -167,7 +177,7 @@ class Learner:
                 values = self._values(
                     advantage[j],
                     weight[j],
-                    old[i][j] if i > 0 else weight[j],  # anything, where it is fresh
+                    old[i][j] if i > 0 else weight[j],  # any numbers, where it is fresh
                     ref[i][j] if ref else None,
                     fresh=i == 0,
                 )
@@ -213,6 +223,7 @@ class Learner:
         masks: list[np.ndarray | None] = [None] * len(kept_N)
         total, count, places = 0.0, 0, iter(np.flatnonzero(kept_N))
         for p, olds, refs in zip(packed, old, ref, strict=True):
+            olds, refs = ([self._programs.whole(x) for x in each] for each in (olds, refs))
             parts = (p.gather(olds), p.gather(refs), p.gather([b.mask_BT for b in p.batches]))
             for old_T, ref_T, mask_T in zip(*parts, strict=True):
                 place = next(places)
@@ -245,7 +256,8 @@ class Learner:
 
 def _put(values: Any, sharding: NamedSharding) -> Array:
     """Onto the mesh; every host holds all of `values` and places its own part."""
-    values = np.asarray(values)
+    if isinstance(values, jax.Array):  # is there already
+        return values
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 

@@ -1,4 +1,4 @@
-"""What the learner runs on the mesh: four programs of one shape each, and where their arrays lie.
+"""What the learner runs on the mesh: programs of one shape each, and where their arrays lie.
 
 They can be traced without an array in memory (`abstract_*`), which is how a slice that nobody has
 is checked.
@@ -48,14 +48,16 @@ class TokenValues:
 
 
 class LearnerPrograms:
-    """`score`, `accumulate` and `apply`, jitted with the layouts of the mesh.
+    """All that the learner computes, jitted with the layouts of the mesh.
 
-    score(params, base, batch)        log-probs [B, T] of every token, on all devices
+    score(params, base, batch)        log-probs [B, T] of every token, split over rows
     accumulate(grads, params, base, batch, values)
                                       adds the gradient of a micro-batch; the old sum is donated
     apply(state, grads)               one optimizer step; the state is donated
     init(params)                      the optimiser's state at the start
     merge(params, base)               the whole policy
+    whole(scores)                     the same numbers on every device, for the host to read
+    copy(params), zeros(params)       as they say
 
     `params` are what is trained. With adapters `base` is the rest, in `compute_dtype`, else None.
     """
@@ -97,13 +99,14 @@ class LearnerPrograms:
         self.copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=layout)
         self.zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=layout)
         self.merge = jax.jit(self._merge, out_shardings=policy_layout)
-        self.score = jax.jit(self._score, out_shardings=whole)
+        self.score = jax.jit(self._score, out_shardings=self.rows)
+        self.whole = jax.jit(jnp.copy, out_shardings=whole)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=0, out_shardings=(layout, whole))
         self.apply = jax.jit(
             partial(_apply, optimizer), donate_argnums=0, out_shardings=(self.layout, whole)
         )
 
-    def begin(self, policy: Params) -> tuple[Params, Params | None]:
+    def begin(self, policy: Params, seed: int) -> tuple[Params, Params | None]:
         """(params, base) at the start: copies of what is given, which others may hold."""
         if self.config.lora is None:
             return self.copy(jax.device_put(policy, self.policy_layout)), None
@@ -112,7 +115,7 @@ class LearnerPrograms:
             out_shardings=self.policy_layout,
         )
         adapters = jax.jit(
-            partial(init_adapters, self.model, self.config.lora, seed=0),
+            partial(init_adapters, self.model, self.config.lora, seed=seed),
             out_shardings=self.layout.params,
         )
         return adapters(), cast(policy)

@@ -29,10 +29,6 @@ class Collected:
     chosen_N: np.ndarray  # bool: to be learned from
     contrast_rate: float  # share of groups whose rewards differ
 
-    @property
-    def attempts(self) -> int:
-        return len(self.results)
-
 
 def collect(
     rollout: Rollout,

@@ -78,7 +78,8 @@ class RunConfig:
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
     questions_per_step: int = 64
     samples_per_question: int = 16
-    max_refills: int = 0  # times that questions without contrast are replaced (dynamic sampling)
+    # Times that groups without contrast are replaced (dynamic sampling); they are not learned from.
+    max_refills: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the engine's copy and its cache
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
@@ -118,11 +119,12 @@ class RunConfig:
                 f"learner.row_tokens = {self.learner.row_tokens}, below engine.context = "
                 f"{self.engine.context}: longer episodes could not be trained on"
             )
-        if self.learner.algorithm.sequence_band is not None and self.sampling.top_p < 1.0:
+        plain = SamplingConfig(temperature=self.sampling.temperature)
+        if self.learner.algorithm.sequence_band is not None and self.sampling != plain:
             raise UserError(
                 f"algorithm.sequence_band = {self.learner.algorithm.sequence_band} with "
-                f"sampling.top_p = {self.sampling.top_p}: what top_p cuts off would mask nearly "
-                "every episode; sample with top_p 1"
+                f"{self.sampling}: what is never drawn would mask nearly every episode; sample "
+                "from the whole distribution (top_p 1, no top_k, min_p or bans)"
             )
         if self.sampling.temperature <= 0.0:
             raise UserError(

@@ -92,7 +92,10 @@ def export_run(
     if adapters and trained is not None:
         card = model_card(config, run, step, library="peft")
         base = config.policy.checkpoint
-        return step, lora.export_adapters(out, model, trained, params, base=base, card=card)
+        made = lora.export_adapters(
+            out, model, trained, params, base=base, dtype=config.export_dtype, card=card
+        )
+        return step, made
     if trained is not None:
         start = find_policy(config.policy, weights_of=start.name)
         base = hf.load_params(start, model, mesh)

@@ -120,6 +120,7 @@ class _Run:
             params=hf.load_params(parts.checkpoint, parts.model, parts.mesh),
             temperature=config.sampling.temperature,
             pad_id=parts.tokenizer.pad_id,
+            seed=config.seed,
         )
         self.rollout = Rollout(
             parts.engine, parts.tokenizer, parts.prompt, parts.index, config.rollout
@@ -341,6 +342,7 @@ class _Run:
                 self.run_dir.summary.unlink(missing_ok=True)
             return
         wanted = self.learner.abstract_checkpoint()
+        self.learner.release()
         step, arrays, host = self.checkpointer.restore(wanted, latest)
         if "rows" not in host["position"]:
             raise UserError(

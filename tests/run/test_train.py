@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from r1s_jax.data.curriculum import CurriculumConfig
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models import hf
 from r1s_jax.models.decoder import DecoderConfig, init_params
+from r1s_jax.models.lora import LoraConfig
 from r1s_jax.rl.algorithm import AlgorithmConfig
 from r1s_jax.rl.config import LearnerConfig
+from r1s_jax.rl.rewards import REWARDS, Reward
+from r1s_jax.rl.shaping import ShapingConfig
 from r1s_jax.rollout.loop import Rollout, RolloutConfig
 from r1s_jax.run.config import EvaluationConfig, PolicyConfig, RunConfig, StageConfig, WorldConfig
 from r1s_jax.run.metrics import identical, read_rows
@@ -144,6 +148,14 @@ def test_interrupted_run_continues_as_if_nothing_happened(
     config, whole, tmp_path, monkeypatch, how, phase, before
 ):
     """Invariant 12: stopped in the rollout after so many of its kind, then started again."""
+    path = tmp_path / "run"
+    interrupted(config, path, monkeypatch, how, phase, before)
+    assert identical(whole / "metrics.jsonl", path / "metrics.jsonl") == []
+    assert_same_weights(whole, path)
+
+
+def interrupted(config, path, monkeypatch, how, phase, before):
+    """Plays a run in two goes."""
     run, calls = Rollout.run, []
 
     def dying(self, *args, **kwargs):
@@ -158,14 +170,55 @@ def test_interrupted_run_continues_as_if_nothing_happened(
     monkeypatch.setattr(Rollout, "run", dying)
     if how == "crash":
         with pytest.raises(KeyboardInterrupt):
-            play(config, tmp_path / "run")
+            play(config, path)
     else:
-        assert play(config, tmp_path / "run")[0] == 75
-        assert not (tmp_path / "run" / "summary.json").exists()
+        assert play(config, path)[0] == 75
+        assert not (path / "summary.json").exists()
     monkeypatch.setattr(Rollout, "run", run)
-    play(config, tmp_path / "run")
-    assert identical(whole / "metrics.jsonl", tmp_path / "run" / "metrics.jsonl") == []
-    assert_same_weights(whole, tmp_path / "run")
+    play(config, path)
+
+
+@pytest.mark.slow
+def test_every_option_at_once(config, tmp_path, monkeypatch):
+    """Nothing compiles on the way, and a run in two goes is the run in one."""
+    # Random text earns nothing by itself, so that no group would differ.
+    odd = lambda t: Reward(parts={"odd": float(t.token_ids_T[-1] % 2)})  # noqa: E731
+    for stage in STAGES:
+        monkeypatch.setitem(REWARDS, stage.reward, odd)
+    everything = dataclasses.replace(
+        config,
+        learner=dataclasses.replace(
+            config.learner,
+            algorithm=AlgorithmConfig(
+                estimator="grpo",
+                ratio="sequence",
+                aggregation="token_mean",
+                drop_zero_variance=True,
+                importance_cap=2.0,
+                sequence_band=(0.5, 2.0),
+                kl="k3",
+                kl_weight=0.1,
+                entropy_weight=0.01,
+                llds_weight=0.2,
+            ),
+            lora=LoraConfig(rank=2, alpha=4.0),
+            first_moment_dtype="bfloat16",
+        ),
+        shaping=ShapingConfig(overlong_max=12, overlong_cache=11, no_answer=0.5, no_search=0.5),
+        curriculum=CurriculumConfig(sampler="variance"),
+        evaluation=dataclasses.replace(config.evaluation, every=1, controls=False),
+        max_refills=1,
+        checkpoint_every=2,
+    )
+    paths = tmp_path / "whole", tmp_path / "run"
+    assert play(everything, paths[0])[0] == 0
+    interrupted(everything, paths[1], monkeypatch, "SIGTERM", "train", 2)
+    rows = read_rows(paths[0] / "metrics.jsonl")
+    trained = [row for row in rows if row["phase"] == "train"]
+    assert {row["compiles"] for row in rows} == {0.0}
+    assert any(row["refills"] for row in trained) and any(row["updates"] for row in trained)
+    assert identical(*(path / "metrics.jsonl" for path in paths)) == []
+    assert_same_weights(*paths)
 
 
 @pytest.mark.slow
