@@ -31,7 +31,7 @@ from r1s_jax.types import Question, UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ATLAS = "atlas"
 _TYPICAL_CHARACTERS = 4000
-_END_BYTES = 1 << 20
+_PIECES, _PIECE_BYTES = 64, 1 << 16  # of each file of weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,13 +87,8 @@ def build_parts(
 
 def fingerprints(parts: Parts) -> dict[str, str]:
     """What has to be the same on all hosts that play one run, in a few characters each."""
-    ends = []  # of the weights' files: enough to tell two policies apart
-    for path in sorted(parts.checkpoint.glob("*.safetensors")):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _END_BYTES))
-            ends.append((path.name, file.read()))
     return {
-        "the policy's weights": _digest(ends),
+        "the policy's weights": policy_fingerprint(parts.checkpoint),
         "the policy's shape": _digest(parts.model),
         "the tokenizer": _digest(parts.tokenizer.token_bytes),
         "the prompt": _digest(parts.prompt.prompt_ids(parts.tokenizer, "")),
@@ -101,6 +96,18 @@ def fingerprints(parts: Parts) -> dict[str, str]:
         "world.eval_questions": _digest(parts.eval_questions),
         "world.corpus": parts.index.corpus_hash[:12],
     }
+
+
+def policy_fingerprint(checkpoint: Path) -> str:
+    """Tells two policies apart by pieces from all over their weights' files."""
+    pieces = []
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        last = max(0, path.stat().st_size - _PIECE_BYTES)
+        with path.open("rb") as file:
+            for i in range(_PIECES):
+                file.seek(last * i // (_PIECES - 1))
+                pieces.append((path.name, file.read(_PIECE_BYTES)))
+    return _digest(pieces)
 
 
 def _digest(value: object) -> str:

@@ -36,7 +36,7 @@ from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
 from r1s_jax.run.progress import Progress
 from r1s_jax.run.report import final_report
 from r1s_jax.run.rundir import RunDir, write_json_atomic
-from r1s_jax.run.setup import Parts, build_parts, fingerprints
+from r1s_jax.run.setup import Parts, build_parts, fingerprints, policy_fingerprint
 from r1s_jax.types import UserError
 
 
@@ -45,6 +45,7 @@ class Position:
     """Where a run stands; with the learner's arrays it is a checkpoint."""
 
     rows: int  # of metrics.jsonl
+    policy: str = ""  # fingerprint of the start, which adapters are nothing without
     stage: int = 0
     stage_step: int = 0
     step: int = 0
@@ -110,6 +111,7 @@ class _Run:
         self.summary: dict[str, Any] = {}  # of a finished run
         self.parts: Parts = build_parts(config)
         parts = self.parts
+        self.at.policy = policy_fingerprint(parts.checkpoint)
         if jax.process_count() > 1:
             require_same(fingerprints(parts))
         progress.note(f"engine: {parts.engine.plan}")
@@ -350,7 +352,13 @@ class _Run:
                 "resumed; choose another --run_dir"
             )
         self.learner.restore(arrays)
+        begun = self.at.policy
         self.at = Position(**host["position"])
+        if self.config.learner.lora is not None and self.at.policy != begun:
+            raise UserError(
+                f"{self.run_dir.checkpoints}/{step}: its adapters belong to another policy than "
+                f"{self.parts.checkpoint} is now (weights {self.at.policy}, here {begun})"
+            )
         if self.at.health is not None:
             self.health.restore(self.at.health)
         self.progress.note(f"resuming after step {step}")

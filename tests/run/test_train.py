@@ -27,6 +27,7 @@ from r1s_jax.run.metrics import identical, read_rows
 from r1s_jax.run.rundir import open_run_dir
 from r1s_jax.run.setup import REPOSITORY
 from r1s_jax.run.train import train
+from r1s_jax.types import UserError
 
 TINY_BASE = REPOSITORY / "configs" / "models" / "tiny_base"
 STAGES = (
@@ -219,6 +220,10 @@ def test_every_option_at_once(config, tmp_path, monkeypatch):
     assert any(row["refills"] for row in trained) and any(row["updates"] for row in trained)
     assert identical(*(path / "metrics.jsonl" for path in paths)) == []
     assert_same_weights(*paths)
+    # Adapters belong to the policy that they were trained on.
+    other = dataclasses.replace(everything.policy, checkpoint=str(paths[0] / "hf"))
+    with pytest.raises(UserError, match=r"adapters belong to another policy"):
+        play(dataclasses.replace(everything, policy=other), paths[1])
 
 
 @pytest.mark.slow
