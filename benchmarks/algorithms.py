@@ -29,7 +29,10 @@ from r1s_jax.run.metrics import read_rows  # noqa: E402
 ALGORITHMS = ("faithful", "stable", "grpo", "dapo", "gspo")
 STEPS, LONG_STEPS, EVERY = 28, 140, 4  # of stage 2
 TRY_AGAIN = 75
-DAPO_LENGTHS = ("shaping.ShapingConfig.overlong_max = 160", "shaping.ShapingConfig.overlong_cache = 64")
+DAPO_LENGTHS = (
+    "shaping.ShapingConfig.overlong_max = 160",
+    "shaping.ShapingConfig.overlong_cache = 64",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,12 +40,17 @@ class Calibration:
         return max(weight_bytes / self.bandwidth, flops / self.skinny) / 1e9
 
 
+def matmul_rate(rounds: int = 7) -> float:
+    """GFLOP/s of `Calibration.matmul` alone."""
+    square = jax.random.normal(jax.random.key(0), (SQUARE, SQUARE), jnp.float32)
+    return 2 * SQUARE**3 / _best(rounds, _matmul, square, square) / 1e9
+
+
 def calibrate(
     *, rows: int = 16, width: int = 576, hidden: int = 1536, rounds: int = 7
 ) -> Calibration:
     """Some seconds' worth of measurements; the default shape is SmolLM2-135M's."""
     key = jax.random.key(0)
-    square = jax.random.normal(key, (SQUARE, SQUARE), jnp.float32)
     x = jax.random.normal(key, (rows, width), jnp.float32)
     pairs = STREAM_BYTES // (2 * 4 * width * hidden)
     # Arrays of their own, as the matrices of a model are when its layers are unrolled.
@@ -60,7 +65,7 @@ def calibrate(
     long = jnp.ones(STREAM_BYTES // 4, jnp.float32)
 
     return Calibration(
-        matmul=2 * SQUARE**3 / _best(rounds, _matmul, square, square) / 1e9,
+        matmul=matmul_rate(rounds),
         # A product with a vector reads on all cores, a plain sum may not.
         bandwidth=max(
             STREAM_BYTES / _best(rounds, program, array) / 1e9

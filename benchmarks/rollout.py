@@ -15,9 +15,7 @@ B and C play questions and passages of the transcripts released with R1-Searcher
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,11 +27,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import jax  # noqa: E402
 import rollout_work as work  # noqa: E402
 from calibrate import Calibration, calibrate  # noqa: E402
+from peers.protocol import Peer  # noqa: E402
+from report import Table, heading  # noqa: E402
 from rollout_ours import make_engine, run_scripts  # noqa: E402
-from rollout_peers.protocol import Peer  # noqa: E402
 from rollout_step import attention_seconds, sampling_seconds, step_seconds  # noqa: E402
 
 from r1s_jax.engine.state import EngineConfig  # noqa: E402
@@ -44,7 +42,7 @@ from r1s_jax.sharding import MeshConfig, make_mesh  # noqa: E402
 from r1s_jax.types import UserError  # noqa: E402
 from tests.real import smollm2  # noqa: E402
 
-PEERS = HERE / "rollout_peers"
+PEERS = HERE / "peers"
 A_ENGINE = EngineConfig(rows=16, chunk=128, context=work.A_CACHE, page=128)
 B_ROWS = 32
 C_SHAPES = ((64, 32), (16, 4))  # rows, steps of a chunk
@@ -56,21 +54,6 @@ SLICES = (
     ("--topology", "v6e:4x4"),
     ("--topology", "v5p:4x4x4", "--model", "qwen2_5_32b"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """A section of the report."""
-
-    title: str
-    text: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __str__(self) -> str:
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"## {self.title}\n\n{self.text}\n\n{table}\n"
 
 
 def machine(c: Calibration) -> str:
@@ -350,13 +333,7 @@ def main() -> int:
     whole = args.tunix_python and args.tpu_python and not args.only
     out = args.out or (HERE / "rollout.md" if whole else None)
     chosen = args.only or ["A", "C", "step", *["slices"] * bool(args.tpu_python), "B"]
-    words = ("PATH" if os.sep in word else word for word in sys.argv[1:])
-    command = " ".join(("python benchmarks/rollout.py", *words))
-    device = jax.devices()[0].device_kind
-    parts = [
-        f"# Rollouts\n\n`{command}`, {os.cpu_count()} cores ({platform.machine()}), "
-        f"{device}, Python {platform.python_version()}, jax {jax.__version__}.\n"
-    ]
+    parts = [heading("Rollouts", __file__)]
     try:
         with tempfile.TemporaryDirectory() as name:
             scratch, short = Path(name), max(1, args.rounds // 2)

@@ -57,6 +57,7 @@ def refused(monkeypatch, *args):
     return message
 
 
+@pytest.mark.slow
 def test_grades_and_goes_on_after_a_kill(world, monkeypatch, tmp_path, capsys):
     """Killed after the first wave; the files are those of an uninterrupted run."""
     args = arguments(world)

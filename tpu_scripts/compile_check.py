@@ -1,15 +1,20 @@
 """Compiles a run's programs for a TPU slice on a machine without one, and prints what they take.
 
-    python tpu_scripts/compile_check.py --config stage2 --topology v5p:4x4x4
+    python tpu_scripts/compile_check.py --config stage2 --topology v5e:8x8
     python tpu_scripts/compile_check.py --config stage2 --topology v5p:4x4x4 --model qwen2_5_32b
+    python tpu_scripts/compile_check.py --config stage2 --topology v6e
 
-Memory, FLOPs, bytes and roofline times are per chip. Needs libtpu:
-pip install -r requirements-tpu.txt. Exit codes: 0 all fits, 1 something does not (the culprit is
-named), 2 a mistake in the input.
+A slice that has a file in configs/meshes is checked with it, unless a mesh is given; a chip alone
+asks for its smallest slice with room for the run. Printed are all programs, what is alive together
+in each phase, and a step's time by the roofline. Figures are per chip. Needs libtpu: pip install -r
+requirements-tpu.txt; takes minutes. Exit codes: 0 all fits, 1 something does not (phase and culprit
+are named), 2 a mistake in the input.
 """
 
 import argparse
+import math
 import os
+import re
 
 import launch
 
@@ -18,6 +23,11 @@ def main() -> int:
     args = launch.parse_args(__doc__, add=_add)
     if args.topology is None:
         raise launch.UserError("--topology CHIP:SLICE is missing, such as v5p:4x4x4 (see --help)")
+    own_mesh = any(re.search("MeshConfig[.]|meshes/", binding) for binding in args.gin)
+    preset = None if own_mesh else mesh_preset(args.topology)
+    if preset:
+        print(f"With --preset {preset}.")
+        args.gin.insert(0, f'include "{preset}.gin"')
     config = launch.load_config(args.config, args.gin)
     from r1s_jax.run.compile_check import check
 
@@ -26,23 +36,32 @@ def main() -> int:
         topology=args.topology,
         model=args.model,
         live_tokens=args.live_tokens,
-        own_mesh=any("MeshConfig." in binding for binding in args.gin),
+        own_mesh=own_mesh,
+        embedder=not args.no_embedder,
     )
+
+
+def mesh_preset(topology: str) -> str | None:
+    """The file for a slice in configs/meshes, by chip and number of chips, if there is one."""
+    chip, _, size = topology.partition(":")
+    chips = math.prod(int(n) for n in re.findall(r"\d+", size))
+    name = f"meshes/{chip}_{chips}"
+    return name if size and (launch.CONFIGS / f"{name}.gin").is_file() else None
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", metavar="CHIP:SLICE", help="such as v5e:4x4 or v5p:4x4x4")
     parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="instead of the policy: a folder with a config.json, or one of configs/models",
+        "--topology", metavar="CHIP:SLICE", help="such as v5e:4x4 or v5p:4x4x4; or v5e, v5p, v6e"
     )
+    model = "instead of the policy: a folder with a config.json, or one of configs/models"
+    parser.add_argument("--model", metavar="MODEL", help=model)
     parser.add_argument(
         "--live_tokens",
         metavar="N",
         type=int,
-        help="mean length of the rows that decode; a quarter of the context if not given",
+        help="mean length of the rows that decode; as in the released transcripts if not given",
     )
+    parser.add_argument("--no_embedder", action="store_true", help="leave passages' embedder out")
 
 
 if __name__ == "__main__":

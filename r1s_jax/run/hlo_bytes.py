@@ -28,7 +28,7 @@ _UPDATES = {"dynamic-update-slice", "scatter"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
+class Array:
     size: int
     hbm: bool
 
@@ -38,10 +38,10 @@ class _Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     root: bool
     name: str
-    arrays: tuple[_Array, ...]
+    arrays: tuple[Array, ...]
     opcode: str
     operands: tuple[str, ...]
     text: str  # all behind the opcode
@@ -52,17 +52,17 @@ class _Instruction:
         return found[1]
 
 
-class _Computation(dict[str, _Instruction]):
+class Computation(dict[str, Instruction]):
     """Instructions by name, in order."""
 
-    def users(self, name: str) -> Iterator[_Instruction]:
+    def users(self, name: str) -> Iterator[Instruction]:
         return (i for i in self.values() if name in i.operands)
 
     @property
-    def root(self) -> _Instruction:
+    def root(self) -> Instruction:
         return next(i for i in self.values() if i.root)
 
-    def parameter(self, number: int) -> _Instruction:
+    def parameter(self, number: int) -> Instruction:
         return next(
             i for i in self.values() if i.opcode == "parameter" and i.text.startswith(f"{number})")
         )
@@ -74,25 +74,30 @@ def hbm_bytes(hlo: str, *, open_trips: int = 1) -> int:
     `open_trips`: how often loops run whose end the data decides. Of the branches of a condition
     the dearest counts (top-p's search of the whole vocabulary, which few steps need).
     """
-    return _Program(hlo, open_trips).total()
+    return _Traffic(hlo, open_trips).total()
 
 
-class _Program:
+class Program:
+    """A compiled program's text, walked with its loops and branches; `cost` is of one instruction.
+
+    What is counted is a subclass's: `leaf`, for all but loops, branches and calls.
+    """
+
     def __init__(self, hlo: str, open_trips: int):
-        self.computations: dict[str, _Computation] = {}
+        self.computations: dict[str, Computation] = {}
         self.open_trips = open_trips
         self.entry = ""
         self.known: dict[str, int] = {}
-        current = _Computation()
+        current = Computation()
         for line in hlo.splitlines():
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if header:
-                current = self.computations[header[2]] = _Computation()
+                current = self.computations[header[2]] = Computation()
                 self.entry = header[2] if header[1] else self.entry
             elif found := _INSTRUCTION.match(line):
                 root, name, kind, opcode, text = found.groups()
                 operands = tuple(re.findall(r"%([\w.\-]+)", text.split(")", 1)[0]))
-                current[name] = _Instruction(
+                current[name] = Instruction(
                     bool(root), name, tuple(_arrays(kind)), opcode, operands, text
                 )
 
@@ -105,7 +110,7 @@ class _Program:
             self.known[name] = sum(self.cost(computation, i) for i in computation.values())
         return self.known[name]
 
-    def cost(self, computation: _Computation, it: _Instruction) -> int:
+    def cost(self, computation: Computation, it: Instruction) -> int:
         if it.opcode in _FREE or it.opcode.endswith("-done"):
             return 0
         if it.opcode == "while":
@@ -121,6 +126,35 @@ class _Program:
             return max(map(self.of, branches))
         if it.opcode in ("call", "async-start"):
             return self.of(it.called("to_apply" if it.opcode == "call" else "calls"))
+        return self.leaf(computation, it)
+
+    def leaf(self, computation: Computation, it: Instruction) -> int:
+        raise NotImplementedError
+
+    def trips(self, condition: str) -> int:
+        """A loop that counts to a constant compares one number with it, and does nothing else."""
+        steps = [i for i in self.computations[condition].values() if i.opcode not in _FREE]
+        bounds = [
+            int(found[1])
+            for i in self.computations[condition].values()
+            if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.text))
+        ]
+        return bounds[0] if len(steps) == len(bounds) == 1 else self.open_trips
+
+
+def goes_on(computation: Computation, it: Instruction) -> bool:
+    """Whether this is a collective that was begun in another fusion and goes on in this one.
+
+    libtpu lets one run beside other work so: it stands in every fusion from that which starts it
+    to that which waits for it.
+    """
+    if "async_collective_fusion_config" not in it.text:
+        return False
+    return not any('"AsyncCollectiveStart"' in user.text for user in computation.users(it.name))
+
+
+class _Traffic(Program):
+    def leaf(self, computation: Computation, it: Instruction) -> int:
         operands = [computation[name].arrays for name in it.operands if name in computation]
         reads = [sum(a.cost for a in arrays) for arrays in operands]
         writes = sum(a.cost for a in it.arrays)
@@ -132,6 +166,8 @@ class _Program:
             return 0 if target and target[1] in _FREE_CALLS else sum(reads) + writes
         if it.opcode == "fusion":
             inner = self.computations[it.called("calls")]
+            if '"AsyncCollectiveDone"' in inner.root.text:
+                return 0
             taken = (
                 min(read, self.taken(inner, inner.parameter(n).name)) if read else 0
                 for n, read in enumerate(reads)
@@ -151,23 +187,15 @@ class _Program:
             return sum(reads[1:]) + update.size * it.arrays[0].hbm
         return sum(reads) + writes
 
-    def trips(self, condition: str) -> int:
-        """A loop that counts to a constant compares one number with it, and does nothing else."""
-        steps = [i for i in self.computations[condition].values() if i.opcode not in _FREE]
-        bounds = [
-            int(found[1])
-            for i in self.computations[condition].values()
-            if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.text))
-        ]
-        return bounds[0] if len(steps) == len(bounds) == 1 else self.open_trips
-
-    def taken(self, computation: _Computation, name: str) -> int:
+    def taken(self, computation: Computation, name: str) -> int:
         """Bytes that a fused computation reads of a value that comes from HBM."""
         whole = sum(a.size for a in computation[name].arrays)
         total = whole if computation[name].root else 0  # handed on as it is
         for user in computation.users(name):
             first = user.operands[0] == name and name not in user.operands[1:]
-            if user.opcode == "bitcast":
+            if user.opcode == "tuple" or goes_on(computation, user):  # handed through
+                total += 0
+            elif user.opcode == "bitcast":
                 total += self.taken(computation, user.name)
             elif user.opcode in _SLICES and first:
                 total += user.arrays[0].size
@@ -181,15 +209,19 @@ class _Program:
                 total += whole
         return total
 
-    def written(self, computation: _Computation, outputs: tuple[_Array, ...]) -> int:
+    def written(self, computation: Computation, outputs: tuple[Array, ...]) -> int:
         """Bytes that a fused computation writes to those of its results that lie in HBM."""
         root = computation.root
         roots = [computation[n] for n in root.operands] if root.opcode == "tuple" else [root]
+        if len(roots) < len(outputs):  # one operation with several results
+            return sum(a.cost for a in outputs)
         total = 0
         for made, output in zip(roots, outputs, strict=True):
             while made.opcode == "bitcast":
                 made = computation[made.operands[0]]
             size = output.size
+            if made.opcode == "parameter" or goes_on(computation, made):
+                continue
             if made.opcode in _UPDATES:
                 update = made.operands[-1 if made.opcode == "scatter" else 1]
                 size = computation[update].arrays[0].size
@@ -197,7 +229,7 @@ class _Program:
         return total
 
 
-def _arrays(kind: str) -> Iterator[_Array]:
+def _arrays(kind: str) -> Iterator[Array]:
     """The arrays of a type, those of a tuple in order."""
     for element, dimensions, layout in _ARRAY.findall(kind):
         if element not in _BITS:
@@ -206,4 +238,4 @@ def _arrays(kind: str) -> Iterator[_Array]:
         for dimension in filter(None, dimensions.split(",")):
             count *= int(dimension)
         space = re.search(r"S\((\d+)\)", layout)
-        yield _Array(-(-count * _BITS[element] // 8), not space or space[1] == "0")
+        yield Array(-(-count * _BITS[element] // 8), not space or space[1] == "0")

@@ -96,6 +96,7 @@ def test_the_gradient_of_adapters_is_that_of_the_whole_policys_kernels(params, t
     np.testing.assert_array_equal(first[0]["up_lora_a"], 0)
 
 
+@pytest.mark.slow
 def test_adapters_on_eight_devices(params, trajectories):
     one, eight = (
         learner(params, mesh, lora=LORA)
@@ -106,6 +107,7 @@ def test_adapters_on_eight_devices(params, trajectories):
     assert_close(one.policy(), eight.policy(), 2e-4)
 
 
+@pytest.mark.slow
 def test_a_reference_in_the_loss_pulls_back(params, trajectories):
     """Equal rewards: only k3 acts, and it brings the policy's log-probs nearer to the reference."""
     held = learner(params, algorithm=AlgorithmConfig(kl="k3", kl_weight=1.0), learning_rate=1e-4)
@@ -115,6 +117,7 @@ def test_a_reference_in_the_loss_pulls_back(params, trajectories):
     assert kls[0] > kls[1] > kls[2] > kls[3] > 0
 
 
+@pytest.mark.slow
 def test_first_moments_in_bf16(params, trajectories):
     half, full = learner(params, first_moment_dtype="bfloat16"), learner(params)
     for each in (half, full):

@@ -1,4 +1,4 @@
-"""The compile check: what is counted, what fits, and how it refuses; on CPU devices but for one."""
+"""The compile check: what fits, and how it refuses; on CPU devices but for one."""
 
 import dataclasses
 import functools
@@ -15,126 +15,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import PartitionSpec
 
 import launch
 from r1s_jax.engine import plan as memory
 from r1s_jax.engine.compiled import Programs
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models.decoder import abstract_params
+from r1s_jax.models.encoder import abstract_encoder, read_encoder_config
 from r1s_jax.models.families import config_json
-from r1s_jax.run import compile_check, roofline
+from r1s_jax.run import compile_check, roofline, slices
 from r1s_jax.run.config import PolicyConfig
+from r1s_jax.run.engine_check import least_step_bytes
 from r1s_jax.sharding import MeshConfig, lane_mesh, make_mesh, named_sharding
 from r1s_jax.types import UserError
 from tests import tiny
 
 SCRIPT = launch.ROOT / "tpu_scripts" / "compile_check.py"
 MODEL = dataclasses.replace(tiny.MODEL, max_position_embeddings=384)
-CHIP = roofline.Chip(name="toy", hbm_bytes=10**9, bytes_per_second=1e9, flops_per_second=1e12)
-
-
-# ---------------------------------------------------------------- FLOPs
-
-
-def test_flops_of_loops_branches_shards_and_kernels():
-    from jax.experimental import pallas as pl
-
-    x = jnp.zeros((8, 16)), jnp.zeros((16, 16))
-    one = 2 * 8 * 16 * 16
-
-    def flops(fn, **options):
-        return roofline.matmul_flops(jax.jit(fn).trace(*x).jaxpr, **options)
-
-    assert flops(jnp.matmul) == one
-    assert flops(lambda a, b: jax.lax.fori_loop(0, 5, lambda _, c: c @ b, a)) == 5 * one
-    until = lambda a, b: jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: c @ b, a)  # noqa: E731
-    assert flops(until) == one and flops(until, open_trips=9) == 9 * one
-    either = lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b @ b, lambda: a @ b)  # noqa: E731
-    assert flops(either) == 2 * one
-    assert flops(jax.checkpoint(lambda a, b: a @ b)) == one
-    # Two rows on each of four devices.
-    mesh, rows, whole = make_mesh(MeshConfig(data=4)), PartitionSpec("data"), PartitionSpec()
-    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
-    assert flops(split) == one
-
-    def kernel(a, b):
-        return pl.pallas_call(
-            lambda a_ref, b_ref, o_ref: None,
-            out_shape=a,
-            cost_estimate=pl.CostEstimate(flops=77, bytes_accessed=0, transcendentals=0),
-        )(a, b)
-
-    assert flops(kernel) == 77
-
-
-# ---------------------------------------------------------------- the table
-
-
-def toy_program(**more):
-    traced = jax.jit(jnp.matmul).trace(*[jax.ShapeDtypeStruct((512, 512), jnp.float32)] * 2)
-    return roofline.Program(name="toy", traced=traced, **more)
-
-
-def test_rows_of_the_table():
-    """3 MB at 1 GB/s take 3.15 ms; 268 MFLOP at 1 TFLOP/s less."""
-    program = toy_program(tokens=100, least_bytes=2**21)
-    (cost,) = roofline.compile_all([program], chips=1)
-    assert cost.argument_bytes == 2 * 2**20
-    assert cost.flops == 2 * 512**3 and cost.hbm_bytes == 3 * 2**20
-    assert cost.seconds(CHIP) == 3 * 2**20 / 1e9
-    slow = dataclasses.replace(CHIP, flops_per_second=1e10)
-    assert cost.seconds(slow) == 2 * 512**3 / 1e10
-    heading, line, row = roofline.table([cost], CHIP).splitlines()
-    assert heading.count("|") == line.count("|") == row.count("|") == 12
-    assert re.match(r"\| toy \| \d+\.\d \| 0\.00 \|", row)
-    assert row.endswith("| 0.3 | 0.003 | 3.15 | 31,789 | 1.500 |")
-    halved = roofline.compile_all([dataclasses.replace(program, steps=2)], chips=4)[0]
-    assert (halved.flops, halved.hbm_bytes) == (2 * 512**3 / 8, 3 * 2**19)
-
-
-def test_what_does_not_fit_is_named():
-    (cost,) = roofline.compile_all([toy_program(beside_bytes=10**9 - 2**20)], chips=1)
-    assert cost.culprit(CHIP) == (
-        "toy does not fit: 0.00 GB, and 1.00 GB beside it, on a toy chip with 1.00 GB"
-    )
-    (cost,) = roofline.compile_all([toy_program(beside_bytes=10**9 - 2**23)], chips=1)
-    assert not cost.culprit(CHIP)
-
-
-def test_a_program_too_large_for_the_compiler(monkeypatch):
-    """What libtpu says then; any other failure of a compiler is raised."""
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, needs 298G of 15.75G.\nmore"
-
-    class Lowered:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(said)
-
-    program = toy_program()
-    monkeypatch.setattr(type(program.traced), "lower", lambda self: Lowered())
-    (cost,) = roofline.compile_all([program], chips=1)
-    assert cost.culprit(CHIP) == f"toy does not fit: {said.splitlines()[0]}"
-    assert "| toy | does not fit | – |" in roofline.table([cost], CHIP)
-    said = "INTERNAL: something else"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        roofline.compile_all([program], chips=1)
+CHIP = roofline.Chip(
+    name="toy",
+    hbm_bytes=10**9,
+    bytes_per_second=1e9,
+    flops_per_second=1e12,
+    links_per_second=1e8,
+)
 
 
 # ---------------------------------------------------------------- a run's programs
 
 TINY = launch.load_config(
-    "tiny", ["engine.EngineConfig.rows = 4", "engine.EngineConfig.extend_rows = 2"]
+    "tiny",
+    [
+        "engine.EngineConfig.rows = 4",
+        "engine.EngineConfig.extend_rows = 2",
+        "learner.LearnerConfig.scan_layers = True",
+    ],
 ).value
 
 
 @pytest.fixture
 def four_devices(monkeypatch):
     """A slice of four CPU devices whose chip holds what the caller says."""
-    monkeypatch.setattr(compile_check, "slice_devices", lambda _: jax.devices()[:4])
+    monkeypatch.setattr(slices, "slice_devices", lambda _: jax.devices()[:4])
 
     def holds(size):
         chip = dataclasses.replace(CHIP, hbm_bytes=size)
-        monkeypatch.setitem(compile_check.CHIPS, "cpu", chip)
+        monkeypatch.setitem(slices.CHIPS, "cpu", chip)
 
     return holds
 
@@ -144,30 +70,45 @@ def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, mo
     (tmp_path / "config.json").write_text(json.dumps(config_json(MODEL, (0,), 0)))
     check = functools.partial(compile_check.check, TINY, topology="toy:2x2", model=str(tmp_path))
     four_devices(10**9)
+    real, made = compile_check.compile_phases, []
+
+    def compiled(*args, **more):
+        made.append(real(*args, **more))
+        return made[0]
+
+    monkeypatch.setattr(compile_check, "compile_phases", compiled)
     assert check() == 0
     out, err = capsys.readouterr()
     assert not err
-    assert "Mesh data 1 x fsdp 4 x tensor 1; 4 copies of the policy on 1 chips each" in out
-    assert "rows 16, extend_rows 8 of 32 tokens, page 64, context 384, 96 live" in out
-    lines = out[out.index("|") :].splitlines()[2:]
-    rows = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in lines)}
-    assert list(rows) == [
+    assert "Learner: mesh data 1 x fsdp 4 x tensor 1, 16 rows of 384 tokens a micro-batch" in out
+    assert "Engine: 4 copies of the policy on 1 chips each;" in out
+    words = "rows 16, extend_rows 8 of 32 tokens, page 64, context 384, float32. 96 live tokens"
+    assert words in out
+    programs, found = (tabled(part) for part in out[out.index("|") :].split("\n\n")[:2])
+    assert list(programs) == [
         "extend (prompts and documents)", "insert (a page copied)", "decode_chunk (a step)",
         "reshard (one of 2 layers)", "reshard (embedding)", "reshard (lm_head)",
+        "score (a micro-batch)", "gradient (a micro-batch)", "optimizer step",
     ]  # fmt: skip
-    tokens, ratio = rows["decode_chunk (a step)"][-2:]
+    tokens, ratio = programs["decode_chunk (a step)"][-2:]
     assert int(tokens.replace(",", "")) > 0 and float(ratio) > 1
-    # A learner that keeps more than the plan knows of.
-    real = compile_check.engine_programs
+    assert list(found) == [
+        "start", "resume", "push", "rollout", "score", "**gradient**", "optimizer step", "save",
+    ]  # fmt: skip
+    assert found["score"][4] == "score (a micro-batch)" and found["save"][4] == "–"
+    # A program that needs more than the plan knows of.
+    costs = made[0]
 
-    def resharding(*args, learner_bytes, **more):
-        return real(*args, learner_bytes=10**9, **more)[-1:]
+    def needing_more(*_, **__):
+        (step,) = costs["optimizer step"]
+        return costs | {"optimizer step": [dataclasses.replace(step, temporary_bytes=10**9)]}
 
-    monkeypatch.setattr(compile_check, "engine_programs", resharding)
+    monkeypatch.setattr(compile_check, "compile_phases", needing_more)
     assert check() == 1
     out, err = capsys.readouterr()
-    assert err.startswith("reshard (lm_head) does not fit: 0.00 GB, and 1.0")
-    assert err.count("\n") == 1 and "| reshard (lm_head) |" in out
+    assert err.startswith("optimizer step does not fit: 1.0")
+    assert err.endswith(" most of it optimizer step, on a toy chip with 1.00 GB\n")
+    assert err.count("\n") == 1 and "| **optimizer step** |" in out
     four_devices(2 * 10**5)
     assert check() == 1
     out, err = capsys.readouterr()
@@ -175,9 +116,15 @@ def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, mo
     assert err.startswith("the engine does not fit: engine.context = 384: one episode needs")
 
 
+def tabled(text):
+    """First cell -> the others, of a Markdown table."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:])
+    return {first: cells for first, *cells in rows}
+
+
 def test_least_bytes_of_a_step():
     """Qwen2.5-7B on four chips of v5e: 16 rows of 2,048 tokens, counted by hand."""
-    model, _ = compile_check.find_shape(launch.load_config("stage2").value, None)
+    model, _ = slices.find_shape(launch.load_config("stage2").value, None)
     assert model.num_hidden_layers == 28 and model.attention_bias
     lanes = lane_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4)), 4)
     config = EngineConfig(rows=32, context=8192, extend_rows=2)
@@ -187,29 +134,40 @@ def test_least_bytes_of_a_step():
     weights = parameters - 152_064 * 3584
     split = weights * 2 / 4
     kv = 16 * 2048 * 2 * 4 * 128 * 28 * 2 / 4
-    least = compile_check.least_step_bytes(programs, 2048)
+    least = least_step_bytes(programs, 2048)
     # Norms and nothing else are whole on every chip.
     assert least == pytest.approx(split + kv, rel=1e-4)
     config = dataclasses.replace(config, int8_cache=True)
     programs = Programs(model, config, plan, lanes, jnp.bfloat16)
-    assert least - compile_check.least_step_bytes(programs, 2048) == kv / 2
+    assert least - least_step_bytes(programs, 2048) == kv / 2
 
 
 def test_shapes_that_are_kept():
     def parameters(name):
-        shape, _ = compile_check.find_shape(TINY, name)
+        shape, _ = slices.find_shape(TINY, name)
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(shape)[0]))
 
     # The published numbers of parameters.
     assert parameters("qwen2_5_7b") == parameters("Qwen/Qwen2.5-7B") == 7_615_616_512
     assert parameters("Qwen/Qwen2.5-32B") == 32_763_876_352
     assert parameters("meta-llama/Llama-3.1-8B-Instruct") == 8_030_261_248
-    shape, name = compile_check.find_shape(TINY, None)
+    assert parameters("qwen2_5_14b") == 14_770_033_664
+    shape, name = slices.find_shape(TINY, None)
     assert shape.vocab_size == 1024 and name == "configs/models/tiny_base"
     # What another run is still to write has no shape yet.
     unwritten = dataclasses.replace(TINY, policy=PolicyConfig(checkpoint="runs/none_such/hf"))
     with pytest.raises(UserError, match=r"runs/none_such/hf': .* with --model: "):
-        compile_check.find_shape(unwritten, None)
+        slices.find_shape(unwritten, None)
+
+
+def test_the_shape_of_the_embedder():
+    """bge-large's 335 million parameters, less a pooler of 1024 x 1025 that no embedder uses."""
+    shape = read_encoder_config(launch.CONFIGS / "models" / slices.EMBEDDER)
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_encoder(shape)[0]))
+    assert count == 335_141_888 - 1024 * 1025
+    with pytest.raises(UserError) as caught:
+        slices.find_shape(TINY, "gpt7")
+    assert slices.EMBEDDER not in str(caught.value)  # it is no policy
 
 
 def gathered(programs, mesh, model):
@@ -251,22 +209,26 @@ def test_weights_are_rounded_before_they_travel_and_never_all_at_once(tensor):
 
 def test_a_mesh_of_another_size():
     stage2 = launch.load_config("stage2").value
-    fits = compile_check.for_slice(stage2, 64, own_mesh=True)
+    fits = slices.for_slice(stage2, 64, own_mesh=True)
     assert fits == stage2
-    small = compile_check.for_slice(stage2, 16)
-    assert small.mesh == MeshConfig(data=1, fsdp=4, tensor=4)
-    assert (small.engine.rows, small.engine.extend_rows) == (64, 16)
-    with pytest.raises(UserError, match=r"1\*16\*4 = 64 devices, the slice has 16"):
-        compile_check.for_slice(stage2, 16, own_mesh=True)
+    small = slices.for_slice(stage2, 16)
+    assert small.mesh == MeshConfig(data=1, fsdp=16, tensor=1)
+    assert (small.engine.rows, small.engine.extend_rows) == (256, 16)
+    with pytest.raises(UserError, match=r"1\*64\*1 = 64 devices, the slice has 16"):
+        slices.for_slice(stage2, 16, own_mesh=True)
+    with pytest.raises(UserError, match=r"engine.tensor = 4 does not divide the mesh's 6 devices"):
+        slices.for_slice(stage2, 6)
+    split = dataclasses.replace(stage2, mesh=MeshConfig(fsdp=16, tensor=4))
+    split = dataclasses.replace(split, learner=dataclasses.replace(split.learner, rows=16))
     with pytest.raises(UserError, match=r"tensor = 4 does not divide the slice's 6 chips"):
-        compile_check.for_slice(stage2, 6)
+        slices.for_slice(split, 6)
 
 
 def test_what_is_checked_can_be_trained():
     """The options that are printed make the configuration that was checked."""
     stage2 = launch.load_config("stage2").value
-    checked = compile_check.for_slice(stage2, 16)
-    options = " ".join(compile_check.bindings(checked)).removeprefix("--gin '").removesuffix("'")
+    checked = slices.for_slice(stage2, 16)
+    options = " ".join(slices.bindings(checked)).removeprefix("--gin '").removesuffix("'")
     assert launch.load_config("stage2", options.split("' --gin '")).value == checked != stage2
 
 
@@ -297,7 +259,7 @@ def test_slices_that_cannot_be_described(monkeypatch, said, words):
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
     with pytest.raises(UserError) as caught:
-        compile_check.slice_devices("v9:2x2")
+        slices.slice_devices("v9:2x2")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -313,9 +275,29 @@ def test_a_slice_has_to_be_given(monkeypatch):
         importlib.import_module("compile_check").main()
 
 
+def test_the_mesh_of_a_slice_is_its_file(monkeypatch):
+    """Where there is one, and nobody gave another; a chip alone asks for its smallest slice."""
+    script = importlib.import_module("compile_check")
+    assert script.mesh_preset("v5e:8x8") == "meshes/v5e_64"
+    assert script.mesh_preset("v5p:2x2x2") == "meshes/v5p_8"
+    assert script.mesh_preset("v5e:16x16") is None and script.mesh_preset("v5e") is None
+    seen = []
+
+    def check(config, *, own_mesh, **_):
+        seen.append((config.mesh.fsdp, own_mesh))
+        return 0
+
+    monkeypatch.setattr(compile_check, "check", check)
+    command = ["compile_check", "--config", "stage2", "--topology", "v5p:2x2x2"]
+    for more in ([], ["--preset", "meshes/v6e_16"], ["--gin", "sharding.MeshConfig.fsdp = 4"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        assert script.main() == 0
+    assert seen == [(8, False), (16, True), (4, True)]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_the_script_says_what_to_install(tmp_path):
-    done = run_script(tmp_path, "--config", "stage2", "--topology", "v5p:4x4x4")
+    done = run_script(tmp_path, "--config", "stage2", "--topology", "v5p:4x4x8")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt\n"
@@ -327,14 +309,19 @@ def test_the_script_says_what_to_install(tmp_path):
     reason="compiling for a TPU needs libtpu (requirements-tpu.txt)",
 )
 def test_the_tiny_config_for_a_tpu(tmp_path):
-    args = ("--config", "tiny", "--gin", "engine.EngineConfig.rows = 8", "--topology")
+    one_layer = "learner.LearnerConfig.scan_layers = True"  # is compiled, not all
+    args = ("--config", "tiny", "--gin", "engine.EngineConfig.rows = 8", "--gin", one_layer)
+    args += ("--no_embedder", "--topology")
     done = run_script(tmp_path, *args, "v5e:2x2")
     assert done.returncode == 0, done.stderr
     assert "configs/models/tiny_base on v5e:2x2: 4 chips, 16.91 GB" in done.stdout
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row.split(" (")[0] for row in rows[1:]] == [
-        "| extend", "| insert", "| decode_chunk", "| reshard", "| reshard",
+    programs, found = map(tabled, done.stdout[done.stdout.index("|") :].split("\n\n")[:2])
+    assert [name.split(" (")[0] for name in programs] == [
+        "extend", "insert", "decode_chunk", "reshard", "reshard", "score", "gradient",
+        "optimizer step",
     ]  # fmt: skip
+    assert float(programs["gradient (a micro-batch)"][4]) > 10  # GFLOPs
+    assert "**gradient**" in found
     done = run_script(tmp_path, *args, "v5e:3x5")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --topology v5e:3x5: INVALID_ARGUMENT")

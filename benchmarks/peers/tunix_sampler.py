@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from protocol import serve
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.qwen2.model import ModelConfig
-from tunix.models.qwen2.params import create_model_from_safe_tensors
+from tunix_model import load_model
 
 
 class Ids:
@@ -55,20 +52,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, required=True)
     parser.add_argument("--cache", type=int, required=True)
     args = parser.parse_args()
-    c = json.loads((args.folder / "config.json").read_text())
-    config = ModelConfig(
-        num_layers=c["num_hidden_layers"],
-        vocab_size=c["vocab_size"],
-        embed_dim=c["hidden_size"],
-        hidden_dim=c["intermediate_size"],
-        num_heads=c["num_attention_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        num_kv_heads=c["num_key_value_heads"],
-        rope_theta=c["rope_theta"],
-        norm_eps=c["rms_norm_eps"],
-        use_tied_embedding=c["tie_word_embeddings"],
-    )
-    model = create_model_from_safe_tensors(str(args.folder), config, dtype=jnp.float32)
+    config, model = load_model(args.folder)
     cache = CacheConfig(
         cache_size=args.cache,
         num_layers=config.num_layers,
