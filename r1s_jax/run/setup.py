@@ -25,6 +25,7 @@ from r1s_jax.retrieval.embed import TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import PolicyConfig, RunConfig
+from r1s_jax.run.memory import learner_bytes
 from r1s_jax.sharding import check_divisible, lane_mesh, make_mesh
 from r1s_jax.types import Question, UserError
 
@@ -117,13 +118,13 @@ def _digest(value: object) -> str:
 def bytes_beside(
     config: RunConfig, model: DecoderConfig, mesh: Mesh, *, training: bool = True
 ) -> int:
-    """What others than the engine keep on every device, in f32.
+    """What has to stay free on every device beside the engine.
 
-    A learner's parameters, their two moments and gradients, and a reference where there is one
-    (activations come on top); without one the parameters, from which the engine takes its own.
+    The learner's peak; without a learner the f32 parameters from which the engine takes its own.
     """
-    copies = 1 if not training else 5 if config.learner.algorithm.needs_reference else 4
-    return copies * weight_bytes(model, mesh, jnp.float32)
+    if training:
+        return learner_bytes(model, config.learner, mesh).peak
+    return weight_bytes(model, mesh, jnp.float32)
 
 
 def _typical_ids(checked: Checked, index: DenseIndex) -> list[int]:
