@@ -46,31 +46,68 @@ def row(*lengths, total):
 )
 def test_attention_against_float64(monkeypatch, kv_heads, score_bytes):
     """Values and gradients, with episodes that end within a block, on its border, and padding."""
-    monkeypatch.setattr(packed, "BLOCK", 8)
-    monkeypatch.setattr(packed, "BLOCKS", 3)  # blocks of 16, the last of them shorter
+    monkeypatch.setattr(packed, "BLOCK", 16)  # the last of them shorter
     if score_bytes:
         monkeypatch.setattr(packed, "SCORE_BYTES", score_bytes)
     q, d = RNG.normal(size=(2, 2, 43, 4, 6))
     k, v = RNG.normal(size=(2, 2, 43, kv_heads, 6))
     ids = np.stack([row(16, 1, 20, total=43), row(43, total=43)])
     expected = reference(q, k, v, ids, d)
+    for ours, theirs in zip(with_gradients(q, k, v, ids, d), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def with_gradients(q, k, v, ids, d):
+    """What `packed_attention` gives, and its gradients."""
 
     @jax.jit
     def run(q, k, v, d):
         out, back = jax.vjp(lambda *qkv: packed.packed_attention(*qkv, jnp.asarray(ids)), q, k, v)
         return out, *back(d)
 
-    got = run(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, d)))
-    for ours, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    return run(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, d)))
 
 
-def test_scores_are_bounded():
+@pytest.mark.parametrize("tile", [(8, 4), (4, 8), (16, 16), (6, 4)], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_long_rows_against_float64(monkeypatch, tile, kv_heads):
+    """Tile by tile; padding's outcome is finite, and has no part in any gradient."""
+    monkeypatch.setattr(packed, "LONG", 42)
+    monkeypatch.setattr(packed, "CPU_TILE", tile)
+    q, d = RNG.normal(size=(2, 5, 43, 4, 6))
+    k, v = RNG.normal(size=(2, 5, 43, kv_heads, 6))
+    # Numbers need not ascend; the last row holds nothing.
+    rows = [row(16, 1, 20, total=43), row(43, total=43), row(8, 8, 3, total=43), -row(30, total=43)]
+    ids = np.stack([*rows, row(total=43)])
+    ids[0] = np.choose(ids[0], [0, 7, -3, 2])
+    episodes = (ids != 0)[..., None, None]
+    d *= episodes
+    expected = reference(q, k, v, ids, d)
+    out, *gradients = with_gradients(q, k, v, ids, d)
+    assert np.isfinite(out).all()
+    for ours, theirs in zip((out * episodes, *gradients), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs * episodes, atol=5e-6)
+
+
+def test_an_episode_of_a_long_row_costs_no_more_than_alone(monkeypatch):
+    """No tile before a block's earliest episode is visited, nor any for padding."""
+    monkeypatch.setattr(packed, "CPU_TILE", (4, 8))
+    starts, first, last = packed._bounds(jnp.asarray(row(18, 2, 12, total=48)))
+    assert starts.tolist() == list(range(0, 48, 4))
+    #                episode 1      1+2  3 (from 20, in tile 2)
+    assert first.tolist()[:8] == [0, 0, 0, 0, 0, 2, 2, 2]
+    assert last.tolist()[:8] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert (first == last).tolist()[8:] == [True] * 4
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_scores_are_bounded(with_ids):
     """No array of a long row's forward and backward pass comes near all scores of a head."""
     length, kind = 4096, jax.ShapeDtypeStruct
+    ids = jnp.ones((2, length), jnp.int32) if with_ids else None
 
     def total(q, k, v):
-        return packed.packed_attention(q, k, v, None).sum()
+        return packed.packed_attention(q, k, v, ids).sum()
 
     q, kv = (kind((2, length, heads, 16), jnp.float32) for heads in (4, 2))
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, kv, kv).compile()
@@ -97,7 +134,11 @@ def packed_rows():
     return [jnp.asarray(x) for x in (tokens, positions, segments)]
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "mesh",
+    [None, pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow)],
+    ids=["one", "eight"],
+)
 def test_no_episode_sees_another(mesh):
     """Log-probs, entropies and the parameters' gradient are those of episodes alone in a row."""
     model, params = tiny.MODEL, tiny.params()
