@@ -18,6 +18,17 @@ import re
 
 import launch
 
+# There is no TPU here: libtpu is not to look for one, nor to mind others that do the same.
+ENVIRONMENT = {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # else a second run would be done in no time
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: what is compiled for is given by name
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
 
 def main() -> int:
     args = launch.parse_args(__doc__, add=_add)
@@ -50,31 +61,20 @@ def mesh_preset(topology: str) -> str | None:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--topology", metavar="CHIP:SLICE", help="such as v5e:4x4 or v5p:4x4x4; or v5e, v5p, v6e"
-    )
-    model = "instead of the policy: a folder with a config.json, or one of configs/models"
-    parser.add_argument("--model", metavar="MODEL", help=model)
-    parser.add_argument(
-        "--live_tokens",
-        metavar="N",
-        type=int,
-        help="mean length of the rows that decode; as in the released transcripts if not given",
-    )
-    parser.add_argument("--no_embedder", action="store_true", help="leave passages' embedder out")
+    add = parser.add_argument
+    add("--topology", metavar="CHIP:SLICE", help="such as v5e:8x8; or a chip alone, v5e")
+    either = "a folder with a config.json, or one of configs/models"
+    add("--model", metavar="MODEL", help=f"instead of the policy: {either}")
+    live = "mean length of the rows that decode; as in the released transcripts if not given"
+    add("--live_tokens", metavar="N", type=int, help=live)
+    add("--no_embedder", action="store_true", help="leave out the embedder of passages")
 
 
 if __name__ == "__main__":
-    # There is no TPU here: libtpu is not to look for one, nor to mind others that do the same.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in {
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # else a second run would be done in no time
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: what is compiled for is given by name
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-    }.items():
+    os.environ.setdefault(
+        "JAX_ENABLE_COMPILATION_CACHE", "false"
+    )  # a second run would take no time
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     launch.run_main(main)

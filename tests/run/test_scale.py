@@ -2,7 +2,6 @@
 
 import dataclasses
 import heapq
-import importlib.util
 import json
 import math
 import re
@@ -17,13 +16,11 @@ from r1s_jax.run.roofline import CHIPS, Cost, Program
 from r1s_jax.run.scale import RELEASED
 from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import UserError
+from tests.libtpu import libtpu  # noqa: F401
 
 STAGE2 = launch.load_config("stage2").value
 MESHES = sorted(path.stem for path in (launch.CONFIGS / "meshes").glob("v*_*.gin"))
 DATA = Path(__file__).parents[3] / "shared" / "data" / "r1_searcher"
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (requirements-tpu.txt)"
-)
 
 
 def preset(name):
@@ -191,7 +188,7 @@ def test_the_smallest_slice(monkeypatch):
         scale.smallest(STAGE2, "v9")
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("name", MESHES)
 def test_files_of_slices_have_room(name):
     chip, count = name.split("_")
