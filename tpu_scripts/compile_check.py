@@ -6,9 +6,8 @@
 
 A slice that has a file in configs/meshes is checked with it, unless a mesh is given; a chip alone
 asks for its smallest slice with room for the run. Printed are all programs, what is alive together
-in each phase, and a step's time by the roofline. Figures are per chip. Needs libtpu: pip install -r
-requirements-tpu.txt; takes minutes. Exit codes: 0 all fits, 1 something does not (phase and culprit
-are named), 2 a mistake in the input.
+in each phase, and a step's time by the roofline. Figures are per chip. Takes minutes. Needs libtpu:
+pip install -r requirements-tpu.txt. Exit codes: 0 all fits, 1 something does not, 2 bad input.
 """
 
 import argparse
@@ -72,9 +71,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault(
-        "JAX_ENABLE_COMPILATION_CACHE", "false"
-    )  # a second run would take no time
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     launch.run_main(main)
