@@ -43,6 +43,7 @@ from r1s_jax.rl.advantages import advantages  # noqa: E402
 from r1s_jax.rl.algorithm import AlgorithmConfig  # noqa: E402
 from r1s_jax.rl.config import LearnerConfig  # noqa: E402
 from r1s_jax.rl.learner import Learner  # noqa: E402
+from r1s_jax.run.host_memory import keep_freed_memory  # noqa: E402
 from r1s_jax.sharding import MeshConfig, make_mesh  # noqa: E402
 from r1s_jax.types import UserError  # noqa: E402
 
@@ -55,12 +56,19 @@ A_CONFIG = LearnerConfig(
     remat="none",
 )
 A_UPDATES = 2  # of a turn
+# What `keep_freed_memory` asks of glibc, for a process that is to be asked before it starts.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_ARENA_MAX": "1",
+}
 CLOSE = 1e-3  # relative, of what both sides say of their first update
 
 
 def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
     """The update, ours and tunix's in turns, and the parts of ours."""
-    folder = write_small_qwen2(scratch / "small")
+    folder = write_small_qwen2(scratch / "small", work.LEARNER_QWEN2)
     model, mesh = hf.read_config(folder), make_mesh(MeshConfig())
     assert model == dataclasses.replace(
         work.small_qwen2(), max_position_embeddings=model.max_position_embeddings
@@ -128,7 +136,8 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
             "gradient, metrics, AdamW step). tunix: `Trainer.train`, as its RL cluster asks it, "
             "with its `grpo` loss at beta 0 and its token ids, masks and advantages on the host "
             "(gradient, metrics, the same AdamW step; no log-probs beforehand, one iteration "
-            "needs none). Both sides take the same numbers, hold all activations, and agree on "
+            "needs none). Both sides take the same numbers, hold all activations, keep memory that was "
+            "freed (`run.host_memory`, as a run on a CPU does), and agree on "
             f"gradient norm and entropy of the first update. {A_UPDATES} updates a turn; seconds "
             "of one. FLOPs: 6 x matmul parameters (layers "
             f"{layers:,}, vocabulary {vocabulary:,}) x tokens, and 12 x layers x hidden x pairs of "
@@ -171,7 +180,8 @@ def start_tunix(
             *(python, str(HERE / "peers" / "tunix_grpo.py"), "--folder", str(folder)),
             *("--batch", str(scratch / "batch.npz")),
             *("--optimizer", str(scratch / "optimizer.json")),
-        ]
+        ],
+        KEEP_FREED_MEMORY,
     )
 
 
@@ -194,6 +204,7 @@ def main() -> int:
     gpu = jax.devices()[0].platform == "gpu"
     chosen = args.only or ["A", "B", "C", *["D"] * gpu]
     out = args.out or (HERE / "learner.md" if args.tunix_python and not args.only else None)
+    keep_freed_memory()
     parts = [heading("The learner", __file__)]
     try:
         if "D" in chosen and not gpu:

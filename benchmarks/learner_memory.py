@@ -145,7 +145,7 @@ def _resident(programs: LearnerPrograms, accumulate: Any, apply: Any) -> float:
     """Bytes that two updates add to the process at most; NaN where Linux's /proc is missing."""
 
     def begin() -> LearnerState:
-        params, _ = programs.begin(init_params(programs.model, 0))
+        params, _ = programs.begin(init_params(programs.model, 0), 0)
         return LearnerState(params=params, opt_state=programs.init(params))
 
     jax.block_until_ready(programs.zeros(begin().params))  # these too are compiled before

@@ -39,8 +39,8 @@ class Gradients:
     @classmethod
     def make(cls, model: DecoderConfig, config: LearnerConfig) -> Gradients:
         programs = LearnerPrograms(model, config, make_mesh(MeshConfig()), temperature=1.0)
-        params, _ = programs.begin(init_params(model, 0))
-        copy, _ = programs.begin(params)
+        params, _ = programs.begin(init_params(model, 0), 0)
+        copy, _ = programs.begin(params, 0)
         state = LearnerState(params=copy, opt_state=programs.init(copy))
         return cls(programs=programs, params=params, state=state)
 

@@ -20,13 +20,16 @@ from r1s_jax.types import Question, StopReason, TokenSource, Trajectory, UserErr
 TRANSCRIPTS = "released_hotpotqa_qwen.jsonl"
 SAMPLES = 4  # of a question
 
+# As benchmarks/rollout.py's workload A, but for heads of 64 and a wider MLP.
+LEARNER_QWEN2 = {**SMALL_QWEN2, "num_attention_heads": 4, "intermediate_size": 1024}
+
 # Workload A: rows of one episode each, as the peer has it.
 A_ROWS, A_TOKENS, A_PROMPT = 16, 512, 64
 
 
 def small_qwen2(layers: int = 4, vocab_size: int = SMALL_QWEN2["vocab_size"]) -> DecoderConfig:
-    """The model of benchmarks/rollout.py's workload A, or one like it."""
-    c = SMALL_QWEN2
+    """The model of workload A, or one like it."""
+    c = LEARNER_QWEN2
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=c["hidden_size"],

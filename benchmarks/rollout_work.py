@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -221,15 +221,15 @@ def plain_scripts(prompts: np.ndarray, length: int) -> list[Script]:
     ]
 
 
-def write_small_qwen2(folder: Path) -> Path:
-    """Writes workload A's model, random f32 weights, as a Hugging Face folder without tokenizer.
+def write_small_qwen2(folder: Path, config: Mapping[str, object] = SMALL_QWEN2) -> Path:
+    """Writes a Qwen2, workload A's unless given, random f32 weights, as a Hugging Face folder without tokenizer.
 
     The embedding is small and its norm's scale large, so that sampling is neither uniform nor
     settled: most of the probability lies on some hundred tokens.
     """
     from safetensors.numpy import save_file
 
-    c, rng = SMALL_QWEN2, np.random.default_rng(7)
+    c, rng = config, np.random.default_rng(7)
     d, f = c["hidden_size"], c["intermediate_size"]
     kv = c["num_key_value_heads"] * d // c["num_attention_heads"]
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Command = Callable[..., dict[str, Any]]
@@ -31,9 +31,15 @@ def serve(ready: dict[str, Any], commands: dict[str, Command]) -> None:
 class Peer:
     """The parent's side."""
 
-    def __init__(self, command: Sequence[str]):
+    def __init__(self, command: Sequence[str], settings: Mapping[str, str] | None = None):
+        """Starts it; `settings` are added to the environment."""
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **(settings or {})},
         )
         self.ready = self._read()
 

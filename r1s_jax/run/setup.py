@@ -25,6 +25,7 @@ from r1s_jax.retrieval.embed import TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import PolicyConfig, RunConfig
+from r1s_jax.run.host_memory import keep_freed_memory
 from r1s_jax.run.memory import learner_bytes
 from r1s_jax.sharding import check_divisible, lane_mesh, make_mesh
 from r1s_jax.types import Question, UserError
@@ -60,6 +61,8 @@ def build_parts(
     """
     checked = check_inputs(config, checkpoint, training=training)
     mesh = make_mesh(config.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     tokenizer = checked.tokenizer
     train_questions, eval_questions, index = _world(config, training)
     engine = Engine(
