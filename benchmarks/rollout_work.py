@@ -222,7 +222,7 @@ def plain_scripts(prompts: np.ndarray, length: int) -> list[Script]:
 
 
 def write_small_qwen2(folder: Path, config: Mapping[str, object] = SMALL_QWEN2) -> Path:
-    """Writes a Qwen2, workload A's unless given, random f32 weights, as a Hugging Face folder without tokenizer.
+    """Writes a Qwen2 with random f32 weights as a Hugging Face folder without tokenizer.
 
     The embedding is small and its norm's scale large, so that sampling is neither uniform nor
     settled: most of the probability lies on some hundred tokens.

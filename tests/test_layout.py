@@ -18,6 +18,7 @@ LEVELS = (
     {"engine"},
     {"rollout", "rl"},
     {"run"},
+    {"aot", "pretrain"},
     {"tpu_scripts"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -39,7 +39,7 @@ def main() -> int:
         print(f"With --preset {preset}.")
         args.gin.insert(0, f'include "{preset}.gin"')
     config = launch.load_config(args.config, args.gin)
-    from r1s_jax.run.compile_check import check
+    from r1s_jax.aot.check import check
 
     return check(
         config.value,

@@ -22,8 +22,8 @@ def main() -> None:
         raise launch.UserError(f"--steps {args.steps}: must be at least 1")
     config = launch.load_config(args.config or "tiny", args.gin).value
     from r1s_jax.models import hf
-    from r1s_jax.run.pretrain import PretrainConfig
-    from r1s_jax.run.pretrain_report import describe, habits, make_base
+    from r1s_jax.pretrain.loop import PretrainConfig
+    from r1s_jax.pretrain.report import describe, habits, make_base
     from r1s_jax.run.setup import build_parts
 
     out = pathlib.Path(args.out).expanduser()

@@ -99,9 +99,18 @@ class LearnerPrograms:
         self.copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=layout)
         self.zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like), out_shardings=layout)
         self.merge = jax.jit(self._merge, out_shardings=policy_layout)
-        self.score = jax.jit(self._score, out_shardings=self.rows)
+        # XLA for TPUs would cut matmuls up to overlap them with their gathers, and go through HBM
+        # with every partial sum; asynchronous gathers overlap as well (benchmarks/scale.md).
+        tpu = mesh.devices.flat[0].platform == "tpu"
+        options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
+        self.score = jax.jit(self._score, out_shardings=self.rows, compiler_options=options)
         self.whole = jax.jit(jnp.copy, out_shardings=whole)
-        self.accumulate = jax.jit(self._accumulate, donate_argnums=0, out_shardings=(layout, whole))
+        self.accumulate = jax.jit(
+            self._accumulate,
+            donate_argnums=0,
+            out_shardings=(layout, whole),
+            compiler_options=options,
+        )
         self.apply = jax.jit(
             partial(_apply, optimizer), donate_argnums=0, out_shardings=(self.layout, whole)
         )

@@ -23,10 +23,10 @@ from r1s_jax.protocol.prompts import BasePrompt, ChatPrompt, Prompt, tiny_prompt
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.retrieval.embed import TfidfSvdEmbedder
 from r1s_jax.retrieval.index import DenseIndex, check_embedder, load_or_build
+from r1s_jax.rl.memory import learner_bytes
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import PolicyConfig, RunConfig
 from r1s_jax.run.host_memory import keep_freed_memory
-from r1s_jax.run.memory import learner_bytes
 from r1s_jax.sharding import check_divisible, lane_mesh, make_mesh
 from r1s_jax.types import Question, UserError
 

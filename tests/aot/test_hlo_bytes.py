@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from r1s_jax.run.hlo_bytes import hbm_bytes
+from r1s_jax.aot.hlo_bytes import hbm_bytes
 
 
 def compiled(fn, *shapes, **options):

@@ -11,14 +11,14 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from r1s_jax.aot.roofline import Program
 from r1s_jax.models.decoder import DecoderConfig
 from r1s_jax.models.encoder import EncoderConfig, abstract_encoder, bind_encoder
 from r1s_jax.models.params import Params
 from r1s_jax.retrieval.sentence import pool
+from r1s_jax.rl.memory import local_bytes
 from r1s_jax.rl.programs import LearnerPrograms, TokenValues
 from r1s_jax.run.config import RunConfig
-from r1s_jax.run.memory import local_bytes
-from r1s_jax.run.roofline import Program
 from r1s_jax.sharding import named_sharding, replicated
 
 # Padded tokens of a batch of texts on one device; a text has up to the encoder's positions.

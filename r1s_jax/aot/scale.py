@@ -11,12 +11,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from r1s_jax.aot.phases import EMBED, Phase, phases
+from r1s_jax.aot.roofline import Cost
+from r1s_jax.aot.slices import Slice, find_shape, on_slice
 from r1s_jax.engine.plan import DoesNotFit, Plan
+from r1s_jax.rl.memory import learner_bytes
 from r1s_jax.run.config import RunConfig
-from r1s_jax.run.memory import learner_bytes
-from r1s_jax.run.phases import EMBED, Phase, phases
-from r1s_jax.run.roofline import Cost
-from r1s_jax.run.slices import Slice, find_shape, on_slice
 from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import UserError
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 import launch
+from r1s_jax.aot.slices import find_shape, slice_devices
 from r1s_jax.models.decoder import init_params
 from r1s_jax.models.lora import LoraConfig
 from r1s_jax.rl.algorithm import AlgorithmConfig
 from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rl.learner import Learner
-from r1s_jax.run.memory import learner_bytes, local_bytes
-from r1s_jax.run.slices import find_shape, slice_devices
+from r1s_jax.rl.memory import learner_bytes, local_bytes
 from r1s_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 from tests.libtpu import libtpu  # noqa: F401

@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from r1s_jax.aot.roofline import Chip, Cost
 from r1s_jax.engine.plan import Plan
-from r1s_jax.run.memory import LearnerBytes
-from r1s_jax.run.roofline import Chip, Cost
+from r1s_jax.rl.memory import LearnerBytes
 
 EMBED = "embed"
 _GB = 1e9

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import launch
+from r1s_jax.aot import scale, slices
+from r1s_jax.aot.roofline import CHIPS, Cost, Program
+from r1s_jax.aot.scale import RELEASED
 from r1s_jax.engine.plan import Plan
-from r1s_jax.run import scale, slices
-from r1s_jax.run.roofline import CHIPS, Cost, Program
-from r1s_jax.run.scale import RELEASED
 from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import UserError
 from tests.libtpu import libtpu  # noqa: F401

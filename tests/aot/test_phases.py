@@ -2,10 +2,10 @@
 
 import dataclasses
 
+from r1s_jax.aot.phases import phases, table
+from r1s_jax.aot.roofline import Chip, Cost, Program
 from r1s_jax.engine.plan import Plan
-from r1s_jax.run.memory import LearnerBytes
-from r1s_jax.run.phases import phases, table
-from r1s_jax.run.roofline import Chip, Cost, Program
+from r1s_jax.rl.memory import LearnerBytes
 
 GB = 10**9
 CHIP = Chip(

@@ -19,8 +19,8 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from r1s_jax.run.hlo_bytes import hbm_bytes
-from r1s_jax.run.hlo_links import link_bytes
+from r1s_jax.aot.hlo_bytes import hbm_bytes
+from r1s_jax.aot.hlo_links import link_bytes
 
 _GB = 1e9
 _GIB = 2**30

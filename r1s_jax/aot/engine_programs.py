@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from r1s_jax.aot.roofline import Program
 from r1s_jax.engine.automaton import StopAutomaton
 from r1s_jax.engine.compiled import Programs
 from r1s_jax.engine.programs import StopTables
 from r1s_jax.engine.state import Rows
 from r1s_jax.models.decoder import abstract_params
+from r1s_jax.rl.memory import local_bytes
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.run.config import RunConfig
-from r1s_jax.run.memory import local_bytes
-from r1s_jax.run.roofline import Program
 from r1s_jax.sharding import named_sharding, replicated
 
 # A prompt and three passages, about: what an engine measures the scales of its integers on.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from r1s_jax.aot import roofline
 from r1s_jax.models import splash
-from r1s_jax.run import roofline
 from r1s_jax.sharding import MeshConfig, make_mesh
 
 CHIP = roofline.Chip(

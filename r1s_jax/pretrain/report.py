@@ -11,13 +11,13 @@ import numpy as np
 
 from r1s_jax.data.atlas import load_world
 from r1s_jax.models import hf
+from r1s_jax.pretrain.loop import PretrainConfig, encode_lessons, pretrain, train_tokenizer
+from r1s_jax.pretrain.text import TranscriptWriter
 from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.rollout.loop import Call, Rollout
 from r1s_jax.run.config import RunConfig
 from r1s_jax.run.evaluate import evaluate, summarise
 from r1s_jax.run.export import require_replaceable
-from r1s_jax.run.pretrain import PretrainConfig, encode_lessons, pretrain, train_tokenizer
-from r1s_jax.run.pretrain_text import TranscriptWriter
 from r1s_jax.run.setup import Parts
 
 _TOKENIZER_SEED, _TRANSCRIPT_SEED = 10_000, 1  # added to the config's seed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 
-from r1s_jax.run.hlo_bytes import Computation, Instruction, Program, goes_on
+from r1s_jax.aot.hlo_bytes import Computation, Instruction, Program, goes_on
 
 _COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 

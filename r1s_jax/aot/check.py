@@ -11,18 +11,18 @@ import sys
 
 import jax.numpy as jnp
 
+from r1s_jax.aot import phases, roofline
+from r1s_jax.aot.engine_programs import engine_programs
+from r1s_jax.aot.learner_programs import embedder_program, learner_programs
+from r1s_jax.aot.roofline import Cost, compile_all
+from r1s_jax.aot.scale import RELEASED, smallest, step_of, summary
+from r1s_jax.aot.slices import EMBEDDER, Slice, bindings, on_slice
 from r1s_jax.engine.compiled import Programs
 from r1s_jax.engine.plan import DoesNotFit, Plan
 from r1s_jax.models.encoder import read_encoder_config
-from r1s_jax.run import phases, roofline
+from r1s_jax.rl.memory import learner_bytes
 from r1s_jax.run.config import RunConfig
-from r1s_jax.run.engine_check import engine_programs
-from r1s_jax.run.learner_check import embedder_program, learner_programs
-from r1s_jax.run.memory import learner_bytes
-from r1s_jax.run.roofline import Cost, compile_all
-from r1s_jax.run.scale import RELEASED, smallest, step_of, summary
 from r1s_jax.run.setup import REPOSITORY
-from r1s_jax.run.slices import EMBEDDER, Slice, bindings, on_slice
 from r1s_jax.types import UserError
 
 _GB = 1e9

@@ -8,9 +8,7 @@ import pytest
 
 from r1s_jax.data.atlas import load_world
 from r1s_jax.models.decoder import init_params
-from r1s_jax.protocol.tags import ANSWER_CLOSE, ANSWER_OPEN, BEGIN_QUERY
-from r1s_jax.protocol.tokenizer import Tokenizer
-from r1s_jax.run.pretrain import (
+from r1s_jax.pretrain.loop import (
     PretrainConfig,
     encode_lessons,
     make_optimizer,
@@ -18,7 +16,9 @@ from r1s_jax.run.pretrain import (
     pretrain,
     train_tokenizer,
 )
-from r1s_jax.run.pretrain_text import Habits, TranscriptWriter
+from r1s_jax.pretrain.text import Habits, TranscriptWriter
+from r1s_jax.protocol.tags import ANSWER_CLOSE, ANSWER_OPEN, BEGIN_QUERY
+from r1s_jax.protocol.tokenizer import Tokenizer
 from r1s_jax.types import TokenSource
 
 CONFIG = PretrainConfig(

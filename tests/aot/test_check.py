@@ -17,15 +17,16 @@ import pytest
 from jax.experimental import topologies
 
 import launch
+from r1s_jax.aot import check as aot_check
+from r1s_jax.aot import roofline, slices
+from r1s_jax.aot.engine_programs import least_step_bytes
 from r1s_jax.engine import plan as memory
 from r1s_jax.engine.compiled import Programs
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.models.decoder import abstract_params
 from r1s_jax.models.encoder import abstract_encoder, read_encoder_config
 from r1s_jax.models.families import config_json
-from r1s_jax.run import compile_check, roofline, slices
 from r1s_jax.run.config import PolicyConfig
-from r1s_jax.run.engine_check import least_step_bytes
 from r1s_jax.sharding import MeshConfig, lane_mesh, make_mesh, named_sharding
 from r1s_jax.types import UserError
 from tests import tiny
@@ -68,19 +69,19 @@ def four_devices(monkeypatch):
 def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, monkeypatch):
     """Exit codes 0 and 1: the same programs on chips of three sizes."""
     (tmp_path / "config.json").write_text(json.dumps(config_json(MODEL, (0,), 0)))
-    check = functools.partial(compile_check.check, TINY, topology="toy:2x2", model=str(tmp_path))
+    check = functools.partial(aot_check.check, TINY, topology="toy:2x2", model=str(tmp_path))
     four_devices(10**9)
-    real, made = compile_check.compile_phases, []
+    real, made = aot_check.compile_phases, []
 
     def compiled(*args, **more):
         made.append(real(*args, **more))
         return made[0]
 
-    monkeypatch.setattr(compile_check, "compile_phases", compiled)
+    monkeypatch.setattr(aot_check, "compile_phases", compiled)
     assert check() == 0
     out, err = capsys.readouterr()
     assert not err
-    assert "Learner: mesh data 1 x fsdp 4 x tensor 1, 16 rows of 384 tokens a micro-batch" in out
+    assert "Learner: mesh data 1 x fsdp 4 x tensor 1, 8 rows of 384 tokens a micro-batch" in out
     assert "Engine: 4 copies of the policy on 1 chips each;" in out
     words = "rows 16, extend_rows 8 of 32 tokens, page 64, context 384, float32. 96 live tokens"
     assert words in out
@@ -103,7 +104,7 @@ def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, mo
         (step,) = costs["optimizer step"]
         return costs | {"optimizer step": [dataclasses.replace(step, temporary_bytes=10**9)]}
 
-    monkeypatch.setattr(compile_check, "compile_phases", needing_more)
+    monkeypatch.setattr(aot_check, "compile_phases", needing_more)
     assert check() == 1
     out, err = capsys.readouterr()
     assert err.startswith("optimizer step does not fit: 1.0")
@@ -240,10 +241,10 @@ def test_refusals(four_devices):
         ({"live_tokens": 385}, "--live_tokens 385"),
     ]:
         with pytest.raises(UserError, match=words):
-            compile_check.check(TINY, topology="toy:2x2", **more)
+            aot_check.check(TINY, topology="toy:2x2", **more)
     wide = dataclasses.replace(TINY, mesh=MeshConfig(tensor=4))
     with pytest.raises(UserError, match=r"num_key_value_heads has 2 .* 4 devices"):
-        compile_check.check(wide, topology="toy:2x2")
+        aot_check.check(wide, topology="toy:2x2")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_the_mesh_of_a_slice_is_its_file(monkeypatch):
         seen.append((config.mesh.fsdp, own_mesh))
         return 0
 
-    monkeypatch.setattr(compile_check, "check", check)
+    monkeypatch.setattr(aot_check, "check", check)
     command = ["compile_check", "--config", "stage2", "--topology", "v5p:2x2x2"]
     for more in ([], ["--preset", "meshes/v6e_16"], ["--gin", "sharding.MeshConfig.fsdp = 4"]):
         monkeypatch.setattr(sys, "argv", [*command, *more])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from r1s_jax.run.hlo_bytes import hbm_bytes
-from r1s_jax.run.hlo_links import group_size, link_bytes
+from r1s_jax.aot.hlo_bytes import hbm_bytes
+from r1s_jax.aot.hlo_links import group_size, link_bytes
 from r1s_jax.sharding import MeshConfig, make_mesh
 
 MESH = make_mesh(MeshConfig(fsdp=4, tensor=2))

@@ -1,0 +1,1 @@
+"""How the bundled base policy of `tiny` is made: texts, next-token loss, what became of it."""
