@@ -118,6 +118,16 @@ def supervise(host: Host, run_dir: str) -> int:
     log = pathlib.Path(name)
     screen = [os.dup(fd) for fd in (1, 2)]
     told = ChildOf(host=host, stdout=screen[0], stderr=screen[1], log=name)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before there was a child
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
     with os.fdopen(handle, "wb") as out:
         child = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
@@ -129,10 +139,8 @@ def supervise(host: Host, run_dir: str) -> int:
             process_group=0,  # a terminal's Ctrl-C comes once, from here
         )
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    for number in early:
         child.send_signal(number)
-
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = child.wait()
     finally:
