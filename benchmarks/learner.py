@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from r1s_jax.types import UserError  # noqa: E402
 A_CONFIG = LearnerConfig(
     algorithm=AlgorithmConfig(estimator="grpo"),
     updates_per_rollout=1,
-    rows=work.A_ROWS,
+    rows=2,  # of a micro-batch: what its layers pass on stays in the caches
     row_tokens=work.A_TOKENS,
     scan_layers=False,
     remat="none",
@@ -90,11 +90,12 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
         return found
 
     first = update()
-    peer = None
+    peers: list[Peer] = []
     if tunix_python:
-        peer = start_tunix(scratch, tunix_python, folder, trajectories, rewards, groups)
+        write_for_tunix(scratch, trajectories, rewards, groups)
+        peers = [start_tunix(scratch, tunix_python, folder, s) for s in (None, KEEP_FREED_MEMORY)]
         for name in ("grad_norm", "entropy"):
-            a, b = first[name], peer.ready[name]
+            a, b = first[name], peers[0].ready[name]
             if abs(a - b) > CLOSE * abs(b):
                 raise RuntimeError(f"{name} of the first update: ours {a}, tunix's {b}")
     update()
@@ -102,7 +103,8 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
     half, full = (
         sum(work.gradient_flops(model, lengths, causal=causal).values()) for causal in (True, False)
     )
-    rows, shares, ratios = [], [], []
+    rows, shares = [], []
+    ratios: list[list[float]] = [[] for _ in peers]
     before = matmul_rate(20)
     for _ in range(rounds):
         begin = time.perf_counter()
@@ -112,20 +114,20 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
         after = matmul_rate(20)
         rate = (before + after) / 2
         shares.append((half / ours / 1e9 / rate, full / ours / 1e9 / rate))
-        line = [f"{rate:.0f} GFLOP/s", f"{ours:.2f}", *(f"{x:.0%}" for x in shares[-1]), "", ""]
-        if peer:
+        line = [f"{rate:.0f} GFLOP/s", f"{ours:.2f}", *(f"{x:.0%}" for x in shares[-1])]
+        for peer, found in zip(peers, ratios, strict=True):
             theirs = peer.ask("run", A_UPDATES)["seconds"] / A_UPDATES
-            ratios.append(theirs / ours)
-            line[4:] = f"{theirs:.2f}", f"{ratios[-1]:.2f}"
+            found.append(theirs / ours)
+            line += [f"{theirs:.2f}", f"{found[-1]:.2f}"]
             after = matmul_rate(20)
         rows.append(line)
         print(*line, flush=True)
         before = after
-    if peer:
+    for peer in peers:
         peer.quit()
     of_rate = [spread([100 * x for x in column], 0) for column in zip(*shares, strict=True)]
-    compared = f"**{spread(ratios)}x**" if ratios else "not measured"
-    rows.append(["**median (range)**", "", *(f"**{x} %**" for x in of_rate), "", compared])
+    compared = [cell for found in ratios for cell in ("", f"**{spread(found)}x**")]
+    rows.append(["**median (range)**", "", *(f"**{x} %**" for x in of_rate), *compared])
     layers, vocabulary = work.matmul_params(model)
     table = Table(
         title=f"A: one update, {work.A_ROWS} x {work.A_TOKENS} tokens",
@@ -136,26 +138,29 @@ def workload_a(scratch: Path, tunix_python: str | None, rounds: int) -> str:
             "gradient, metrics, AdamW step). tunix: `Trainer.train`, as its RL cluster asks it, "
             "with its `grpo` loss at beta 0 and its token ids, masks and advantages on the host "
             "(gradient, metrics, the same AdamW step; no log-probs beforehand, one iteration "
-            "needs none). Both sides take the same numbers, hold all activations, keep memory "
-            "that was freed (`run.host_memory`, as a run on a CPU does), and agree on "
-            f"gradient norm and entropy of the first update. {A_UPDATES} updates a turn; seconds "
-            "of one. FLOPs: 6 x matmul parameters (layers "
+            "needs none). Both sides take the same numbers and agree on gradient norm and entropy "
+            f"of the first update. Ours goes through {A_CONFIG.rows} rows at a time and adds up "
+            "their gradients; tunix takes all at once, its default. Ours keeps freed memory "
+            "(`run.host_memory`), as its runs on CPUs do; tunix as it comes, and once more with the "
+            f"same asked of its process. {A_UPDATES} updates a turn; seconds of one. FLOPs: 6 x "
+            "matmul parameters (layers "
             f"{layers:,}, vocabulary {vocabulary:,}) x tokens, and 12 x layers x hidden x pairs of "
             f"attention: {half / 1e9:.0f} GFLOP with the pairs that causal attention needs, "
             f"{full / 1e9:.0f} with all. Their share of the machine's rate, 1024 x 1024 "
             "products in f32 measured before and after each turn:"
         ),
-        header=["machine", "ours", "causal pairs", "all pairs", "tunix", "tunix / ours"],
+        header=[
+            *("machine", "ours", "causal pairs", "all pairs"),
+            *("tunix", "tunix / ours", "tunix, keeps memory", "it / ours")[: 2 * len(peers)],
+        ],
         rows=rows,
     )
     parts = parts_table(model, A_CONFIG, update, trajectories, rounds)
     return f"{table}\n{parts}"
 
 
-def start_tunix(
-    scratch: Path, python: str, folder: Path, trajectories: Any, rewards: Any, groups: Any
-) -> Peer:
-    """tunix's trainer in a process of its own, warmed up."""
+def write_for_tunix(scratch: Path, trajectories: Any, rewards: Any, groups: Any) -> None:
+    """The batch and the optimizer's numbers, as files."""
     tokens = np.stack([t.token_ids_T for t in trajectories])
     counts = np.array([t.sampled_count for t in trajectories])
     p = work.A_PROMPT
@@ -175,13 +180,19 @@ def start_tunix(
         "clip_norm": A_CONFIG.clip_norm,
     }
     (scratch / "optimizer.json").write_text(json.dumps(optimizer))
+
+
+def start_tunix(
+    scratch: Path, python: str, folder: Path, settings: Mapping[str, str] | None
+) -> Peer:
+    """tunix's trainer in a process of its own, warmed up."""
     return Peer(
         [
             *(python, str(HERE / "peers" / "tunix_grpo.py"), "--folder", str(folder)),
             *("--batch", str(scratch / "batch.npz")),
             *("--optimizer", str(scratch / "optimizer.json")),
         ],
-        KEEP_FREED_MEMORY,
+        settings,
     )
 
 

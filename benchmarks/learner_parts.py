@@ -123,9 +123,12 @@ def parts_table(
     """An update of full rows taken apart by leaving parts out and by running them alone."""
     small = dataclasses.replace(model, vocab_size=NO_VOCABULARY)
     whole, without = (Gradients.make(m, config) for m in (model, small))
-    (batch,) = pack(trajectories, rows=config.rows, row_tokens=config.row_tokens, pad_id=0).batches
-    few = dataclasses.replace(batch, tokens_BT=np.asarray(batch.tokens_BT) % NO_VOCABULARY)
-    on_device, few = (jax.tree.map(jnp.asarray, b) for b in (batch, few))
+    batches = pack(trajectories, rows=config.rows, row_tokens=config.row_tokens, pad_id=0).batches
+    few = [
+        dataclasses.replace(batch, tokens_BT=np.asarray(batch.tokens_BT) % NO_VOCABULARY)
+        for batch in batches
+    ]
+    on_device, few = ([jax.tree.map(jnp.asarray, b) for b in each] for each in (batches, few))
     zero = whole.programs.zeros(whole.params)
     attention = attention_gradient(model, config.rows, config.row_tokens)
     products = matmul_gradient(model, config.rows * config.row_tokens)
@@ -133,8 +136,8 @@ def parts_table(
     taken = seconds_of(
         {
             "update": update,
-            "gradient": lambda: whole.gradient([on_device]),
-            "small": lambda: without.gradient([few]),
+            "gradient": lambda: whole.gradient(on_device),
+            "small": lambda: without.gradient(few),
             "apply": lambda: whole.apply(zero),
             "attention": attention,
             "products": products,
@@ -142,14 +145,14 @@ def parts_table(
         rounds,
     )
     rate = (before + matmul_rate(20)) / 2
-    flops = gradient_flops(model, [config.row_tokens] * config.rows)
-    layers = model.num_hidden_layers
+    flops = gradient_flops(model, [config.row_tokens] * config.rows * len(batches))
+    times = model.num_hidden_layers * len(batches)
     s = {name: statistics.median(values) for name, values in taken.items()}
     vocabulary_flops = flops["vocabulary"] * (1 - NO_VOCABULARY / model.vocab_size)
-    rest = s["small"] - layers * (s["attention"] + s["products"])
+    rest = s["small"] - times * (s["attention"] + s["products"])
     parts = [
-        ("attention, alone", layers * s["attention"], flops["attention"]),
-        ("the layers' matmuls, alone", layers * s["products"], flops["layers"]),
+        ("attention, alone", times * s["attention"], flops["attention"]),
+        ("the layers' matmuls, alone", times * s["products"], flops["layers"]),
         ("vocabulary, by difference", s["gradient"] - s["small"], vocabulary_flops),
         ("element-wise and what passes between, the rest", rest, 0.0),
         ("optimizer step, alone", s["apply"], 0.0),
@@ -167,7 +170,8 @@ def parts_table(
         title="A: where an update's time goes",
         text=(
             f"Medians of {rounds} turns; the machine made {rate:.0f} GFLOP/s before and after. "
-            "Attention and matmuls run by themselves, forward and backward, one layer at a time; "
+            "Attention and matmuls run by themselves, forward and backward, one layer and "
+            "micro-batch at a time; "
             f"the vocabulary is what the gradient takes longer than with {NO_VOCABULARY} tokens. "
             f"Seconds of whole updates: {spread(taken['update'])}."
         ),

@@ -29,9 +29,9 @@ from r1s_jax.sharding import partition_spec
 BLOCK = 128
 # Rows of more tokens than this are long.
 LONG = 1024
-# Queries and keys of a long row's tile, all heads together. On CPUs its scores should stay in a
-# core's cache; an accelerator would rather have few and large ones.
-CPU_TILE, TILE = (128, 256), (512, 1024)
+# Queries and keys of a long row's tile, all heads together. On CPUs its scores should stay in the
+# caches and yet be worth sharing among the cores; an accelerator would rather have few, large ones.
+CPU_TILE, TILE = (256, 512), (512, 1024)
 # Scores that are alive at a time, of as many short rows and heads as that takes; one group or tile
 # at least, which is 2 MB a query head. The backward pass has three such arrays.
 SCORE_BYTES = 64 * 2**20
