@@ -66,6 +66,7 @@ def four_devices(monkeypatch):
     return holds
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_and_ones_that_do_not(four_devices, tmp_path, capsys, monkeypatch):
     """Exit codes 0 and 1: the same programs on chips of three sizes."""
     (tmp_path / "config.json").write_text(json.dumps(config_json(MODEL, (0,), 0)))

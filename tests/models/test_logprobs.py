@@ -86,6 +86,7 @@ def test_gradient_against_float64(entropy_gradient, chunk):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_gradient_fits():
     """With a vocabulary of 152k the logits cost nothing beside parameters, Adam and activations."""
     model = DecoderConfig(

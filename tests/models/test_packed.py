@@ -134,11 +134,8 @@ def packed_rows():
     return [jnp.asarray(x) for x in (tokens, positions, segments)]
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [None, pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow)],
-    ids=["one", "eight"],
-)
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one", "eight"])
+@pytest.mark.slow
 def test_no_episode_sees_another(mesh):
     """Log-probs, entropies and the parameters' gradient are those of episodes alone in a row."""
     model, params = tiny.MODEL, tiny.params()

@@ -51,6 +51,7 @@ def trajectories(params):
     return found
 
 
+@pytest.mark.slow
 def test_the_layout_of_rows_changes_nothing_but_round_off(params, trajectories):
     """One episode a row or three: loss, metrics and moments are the same, every extra in use."""
     packed = learner(params, algorithm=EVERYTHING)
