@@ -92,6 +92,14 @@ def plain_logprobs(params, ids):
     return jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), ids[1:]]
 
 
+@jax.jit
+@jax.grad
+def plain_gradient(params, ids, mask, old, advantage):
+    ratio = jnp.exp(plain_logprobs(params, ids) - old)
+    clipped = jnp.clip(ratio, 0.8, 1.2)
+    return -(jnp.minimum(ratio * advantage, clipped * advantage) * mask).sum() / mask.sum()
+
+
 def plain_update(params, trajectories, rewards):
     """Two updates, row by row without padding, batching or sharding."""
     counts = np.array([t.sampled_count for t in trajectories])
@@ -102,19 +110,13 @@ def plain_update(params, trajectories, rewards):
     opt_state = optimizer.init(params)
     old = [plain_logprobs(params, t.token_ids_T) for t in trajectories]
     for part in (range(5), range(5, 10)):
-
-        def loss(p, part=part):
-            total = 0.0
-            for i in part:
-                t = trajectories[i]
-                mask = t.sources_T[1:] == TokenSource.SAMPLED
-                ratio = jnp.exp(plain_logprobs(p, t.token_ids_T) - old[i])
-                pg = jnp.minimum(ratio * scalars[i], jnp.clip(ratio, 0.8, 1.2) * scalars[i])
-                total += -(pg * mask).sum() / mask.sum()
-            return total / len(part)
-
-        grads = jax.jit(jax.grad(loss))(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        each = []
+        for i in part:
+            ids = trajectories[i].token_ids_T
+            mask = trajectories[i].sources_T[1:] == TokenSource.SAMPLED
+            each.append(plain_gradient(params, ids, mask, old[i], scalars[i]))
+        grads = jax.tree.map(lambda *g: sum(g) / len(g), *each)
+        updates, opt_state = jax.jit(optimizer.update)(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     return params
 
