@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """From now on memory that is freed stays with this process; returns whether it could be asked.
 
     JAX on CPUs allocates every result and every program's scratch space anew, and glibc hands large
-    pieces back to the system each time. To get them again, zeroed page by page, took a fifth of the
-    learner's time (benchmarks/learner.md). Only for computing on CPUs: on a host of accelerators a
-    checkpoint that was read once should go.
+    pieces back to the system each time. To get them again, zeroed page by page, took a sixth of an
+    update like that of benchmarks/learner.md. Only for computing on CPUs: where there are
+    accelerators, a checkpoint that was read once should go.
     """
     if not sys.platform.startswith("linux"):
         return False

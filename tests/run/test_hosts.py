@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -119,6 +120,21 @@ FATAL = "Terminating process because the JAX distributed service detected fatal 
 )
 def test_why_a_child_ended(said, words):
     assert words in explain_end(HOST, -signal.SIGABRT, said)
+
+
+def test_a_signal_that_comes_before_the_child_is_handed_on(monkeypatch, tmp_path, capsys):
+    """Bug: SIGTERM while the child was being started ended the parent alone."""
+    start = subprocess.Popen
+
+    def late(_, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    before = signal.getsignal(signal.SIGTERM)
+    assert supervise.supervise(HOST, str(tmp_path)) == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err.startswith("SIGTERM before anything was to be saved")
 
 
 # ---------------------------------------------------------------- two real hosts
