@@ -121,6 +121,7 @@ def test_layouts_sample_the_same(changes):
     np.testing.assert_allclose(np.concatenate(logprobs), np.concatenate(usual), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_bf16_engine_is_near_an_f32_learner():
     """Weights and activations keep 8 bits, so a log-prob of some units is off by a few hundredths:
     0.1 at most and 0.02 in the mean (0.04 and 0.008 were seen), and less would be no bf16."""

@@ -150,6 +150,7 @@ def arrays(compiled):
         yield tuple(map(int, dimensions.split(",")))
 
 
+@pytest.mark.slow
 def test_computing_in_bf16():
     """Parameters stay f32 and get f32 gradients; the figures are those of bf16 parameters."""
     params, half = tiny.params(), jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny.params())

@@ -191,7 +191,7 @@ def test_the_start_changes_nothing():
         assert np.abs(a[0] - a[1]).min() > 0
     assert (adapters["q_lora_a"] != adapters["k_lora_a"]).all()
     start = init_adapters(tiny.MODEL, LORA, 3)
-    logits = partial(tiny.full_logits, tiny.MODEL, tokens_BT=jnp.asarray(TOKENS))
+    logits = jax.jit(partial(tiny.full_logits, tiny.MODEL, tokens_BT=jnp.asarray(TOKENS)))
     got = logits(with_adapters(tiny.params(), start, LORA))
     np.testing.assert_array_equal(got, logits(tiny.params()))
     kept = merged(tiny.params(), start, LORA)

@@ -158,6 +158,7 @@ def test_real_minilm():
     close(ours.embed(texts), expected)
 
 
+@pytest.mark.slow
 def test_bf16_is_close(original):
     texts = sentences(40)
     ours = embedder(original, dtype="bfloat16")
