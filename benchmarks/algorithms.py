@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from r1s_jax.run.metrics import read_rows  # noqa: E402
 
 ALGORITHMS = ("faithful", "stable", "grpo", "dapo", "gspo")
-STEPS, LONG_STEPS, EVERY = 28, 140, 4  # of stage 2
+STAGE1, STEPS, EVERY = 4, 28, 4  # steps of each stage; an evaluation every so many
+LONG_STEPS = 5 * (STAGE1 + STEPS) - STAGE1  # of stage 2
 TRY_AGAIN = 75
 DAPO_LENGTHS = (
     "shaping.ShapingConfig.overlong_max = 160",
@@ -128,7 +129,7 @@ def picture(runs: Path, seeds: list[int], long: list[Job], path: Path) -> None:
         curve = job.curve(runs)
         axes[2].plot(curve["step"], curve["em"], label=f"EM, seed {job.seed}")
         axes[2].plot(curve["step"], curve["retrieval_rate"], ls=":", label="search rate")
-    titles = ("held-out EM", "held-out search rate", f"stable, {LONG_STEPS} steps of stage 2")
+    titles = ("held-out EM", "held-out search rate", f"stable, {STAGE1} + {LONG_STEPS} steps")
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlabel="step", ylim=(0, 1.02))
         ax.legend(fontsize=8)
@@ -140,7 +141,7 @@ def picture(runs: Path, seeds: list[int], long: list[Job], path: Path) -> None:
 def collapse(job: Job, runs: Path) -> dict[str, float]:
     """Of a long run's stage 2: the largest fall of held-out EM below its best until then."""
     curve = job.curve(runs)
-    start = curve["step"].index(4.0)  # where stage 1 ended
+    start = curve["step"].index(STAGE1)  # where stage 1 ended
     em, rate = np.array(curve["em"])[start:], np.array(curve["retrieval_rate"])[start:]
     falls = np.maximum.accumulate(em) - em
     return {"best": em.max(), "last": em[-1], "fall": falls.max(), "rate": rate.min()}
@@ -151,7 +152,7 @@ def report(runs: Path, seeds: list[int], long: list[Job]) -> str:
         "# Algorithms on the bundled world\n",
         "Command: `python benchmarks/algorithms.py`; machine: "
         f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}. "
-        "Both stages of `tiny` (4 and 28 steps) by each preset of configs/algorithms; greedy "
+        f"Both stages of `tiny` ({STAGE1} and {STEPS} steps) by each preset of configs/algorithms; greedy "
         "figures on all 1,254 held-out questions. Bands: the range of "
         f"{len(seeds)} seeds.\n",
         "![curves](algorithms.svg)\n",
@@ -171,7 +172,7 @@ def report(runs: Path, seeds: list[int], long: list[Job]) -> str:
         cells.append(f"{np.mean([np.mean(job.trained(runs, 'refills')) for job in jobs]):.2f}")
         lines.append(f"| {algorithm} | {' | '.join(cells)} |")
     lines += [
-        f"\n## `stable` for {LONG_STEPS} steps of stage 2\n",
+        f"\n## `stable` for {STAGE1} + {LONG_STEPS} steps\n",
         "| seed | best EM | last EM | largest fall below the best so far | least search rate |",
         "|---|---:|---:|---:|---:|",
     ]
