@@ -152,8 +152,8 @@ def report(runs: Path, seeds: list[int], long: list[Job]) -> str:
         "# Algorithms on the bundled world\n",
         "Command: `python benchmarks/algorithms.py`; machine: "
         f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}. "
-        f"Both stages of `tiny` ({STAGE1} and {STEPS} steps) by each preset of configs/algorithms; greedy "
-        "figures on all 1,254 held-out questions. Bands: the range of "
+        f"Both stages of `tiny` ({STAGE1} and {STEPS} steps) by each preset of configs/algorithms; "
+        "greedy figures on all 1,254 held-out questions. Bands: the range of "
         f"{len(seeds)} seeds.\n",
         "![curves](algorithms.svg)\n",
         "| algorithm | EM at the end | best EM | search rate | format | searches | "
