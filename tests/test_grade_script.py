@@ -107,6 +107,21 @@ def test_grades_and_goes_on_after_a_kill(world, monkeypatch, tmp_path, capsys):
     assert {row["difficulty"] for row in kept} <= {"medium", "hard"}  # easy would be below 1
     call(monkeypatch, *args, *more, "--keep", "easy")
     assert other.read_text() == ""
+    fewer = ("--rollouts", "2", "--hard_above", "2")
+    call(monkeypatch, *args, *fewer, "--out", other)
+    rows = [json.loads(line) for line in other.read_text().splitlines()]
+    assert max(row["played"] for row in rows) == 2
+    assert (tmp_path / "other.rollouts.jsonl").read_bytes() == log
+
+    # More rollouts play what is missing; the grades are those of a new file.
+    monkeypatch.setattr(Rollout, "run", run)
+    shutil.copy(tmp_path / "other.rollouts.jsonl", tmp_path / "third.rollouts.jsonl")
+    for name in ("third", "fourth"):
+        call(monkeypatch, *args, "--hard_above", "6", "--rollouts", "6", "--out", f"{name}.jsonl")
+    third = (tmp_path / "third.jsonl").read_bytes()
+    assert third == (tmp_path / "fourth.jsonl").read_bytes() and b'"played": 4' in third
+    assert (tmp_path / "third.rollouts.jsonl").read_bytes().startswith(log)
+    monkeypatch.setattr(Rollout, "run", dies)
 
     # Of other settings, or another policy of the same shape, it is refused.
     cold = ["--gin", "sampling.SamplingConfig.temperature = 0.5"]

@@ -8,7 +8,9 @@ Plays with the config's sampling and rollout settings. Easy, medium and hard are
 than 10 rollouts, 10 to 20, more. Writes one JSON line per question (--keep medium,hard: of these
 only), which training takes as it is: --gin 'run.WorldConfig.train_questions = "FILE"'.
 Every rollout is noted in STEM.rollouts.jsonl beside FILE: the same command goes on after a kill,
-and other thresholds or another --keep need no rollouts again.
+and another --keep, other thresholds or fewer --rollouts play nothing again. More --rollouts (a
+greater --hard_above asks for them) play only what is missing, and once more what a question had of
+the wave where it was cut off: waves end at 1, 2, 4, 8, 16, 32, ... rollouts.
 """
 
 import argparse

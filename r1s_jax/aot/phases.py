@@ -72,7 +72,7 @@ def phases(learner: LearnerBytes, plan: Plan, costs: Mapping[str, Sequence[Cost]
     alone = [Phase(name=EMBED, alive={}, costs=costs[EMBED])] if EMBED in costs else []
     return [
         phase("start", kept, 0, learner.policy),  # from which the learner's own is copied
-        phase("resume", kept, 0, kept - learner.base),  # what is restored, beside what it replaces
+        phase("resume", kept, 0),  # the start's own has gone before
         phase("push", kept, weights, learner.merged),
         phase("rollout", kept, weights),
         phase("score", kept, weights),

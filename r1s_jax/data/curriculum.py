@@ -268,9 +268,7 @@ def _check(questions: Sequence[Question], batch_size: int) -> str:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     if len(questions) < batch_size:
-        raise UserError(
-            f"there are {len(questions)} questions, fewer than the batch_size of {batch_size}"
-        )
+        raise UserError(f"there are {len(questions)} questions, questions_per_step = {batch_size}")
     ids = [q.id for q in questions]
     if len(set(ids)) < len(ids):
         twice = next(i for n, i in enumerate(ids) if i in ids[:n])

@@ -34,13 +34,17 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         least = {
             **dict.fromkeys(("updates_per_rollout", "rows", "row_tokens"), 1),
-            **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm"), 0),
+            **dict.fromkeys(("learning_rate", "weight_decay"), 0),
         }
         for field, value in least.items():
             if not getattr(self, field) >= value:
                 raise UserError(
                     f"learner.{field} = {getattr(self, field)}, must be at least {value}"
                 )
+        if not self.clip_norm > 0:
+            raise UserError(
+                f"learner.clip_norm = {self.clip_norm}, must be more than 0 (1e9 clips nothing)"
+            )
         for field in ("adam_b1", "adam_b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"learner.{field} = {getattr(self, field)}, must be in [0, 1)")

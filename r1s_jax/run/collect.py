@@ -11,7 +11,7 @@ from r1s_jax.data.curriculum import Stream
 from r1s_jax.engine.sampling import row_seed
 from r1s_jax.rl.advantages import has_contrast
 from r1s_jax.rl.answers import cover_exact_match
-from r1s_jax.rl.rewards import Reward, RewardFunction, judge
+from r1s_jax.rl.rewards import Reward, RewardFunction, judge, pays_for_answer
 from r1s_jax.rollout.loop import Call, Rollout, RolloutResult
 from r1s_jax.run.config import RunConfig, StageConfig
 from r1s_jax.types import Group, Trajectory
@@ -66,7 +66,7 @@ def collect(
         found = [reward(t) for t in played]
         totals.append(_totals(found, config, stage, step, attempt))
         trajectories, rewards, group_ids = trajectories + played, rewards + found, group_ids + ids
-        stream.observe(*_successes(result.groups))
+        stream.observe(*_successes(result.groups, found, by_answer=pays_for_answer(stage.reward)))
         differing += len(np.unique(ids_M[has_contrast(totals[-1], ids_M)]))
         if differing >= config.questions_per_step:
             break
@@ -97,14 +97,22 @@ def _totals(
     return totals
 
 
-def _successes(groups: Sequence[Group]) -> tuple[list[str], list[float], list[int]]:
-    """(question ids, share of right answers by cover-EM, samples), a group each."""
-    rates = [
-        float(
-            np.mean(
-                [cover_exact_match(judge(t).answer, g.question.answers) for t in g.trajectories]
-            )
-        )
-        for g in groups
-    ]
+def _successes(
+    groups: Sequence[Group], rewards: Sequence[Reward], *, by_answer: bool
+) -> tuple[list[str], list[float], list[int]]:
+    """(question ids, mean success, samples), a group each.
+
+    A success is a right answer by cover-EM; where the stage does not pay for answers, the reward
+    itself, cut to [0, 1].
+    """
+    scored, rates = iter(rewards), []
+    for group in groups:
+        found = [(t, next(scored)) for t in group.trajectories]
+        wins = [
+            float(cover_exact_match(judge(t).answer, group.question.answers))
+            if by_answer
+            else min(max(reward.total, 0.0), 1.0)
+            for t, reward in found
+        ]
+        rates.append(float(np.mean(wins)))
     return [g.question.id for g in groups], rates, [len(g.trajectories) for g in groups]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from r1s_jax.data.curriculum import CurriculumConfig
 from r1s_jax.engine.sampling import SamplingConfig
@@ -16,6 +18,8 @@ from r1s_jax.rollout.loop import RolloutConfig
 from r1s_jax.run.health import HealthConfig
 from r1s_jax.sharding import MeshConfig
 from r1s_jax.types import UserError
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +43,28 @@ class WorldConfig:
     questions_source: str = ""  # where the files come from; said where one is missing
     corpus_source: str = ""
 
+    def __post_init__(self) -> None:
+        if self.eval_limit is not None:
+            _require_least(self, {"eval_limit": 1})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: a reward and how long it is optimised. The optimiser starts afresh."""
 
-    name: str
+    name: str  # also of its files
     reward: str
     steps: int
     permute_rewards: bool = False  # a control: rewards shuffled among the samples of a step
+
+    def __post_init__(self) -> None:
+        # Figures of the start are filed under `base`.
+        if not _FILE_NAME.fullmatch(self.name) or self.name == "base":
+            raise UserError(
+                f"run.StageConfig.name = {self.name!r}: must be letters, digits, `_`, `-` and `.`, "
+                "must not begin with `.` and must not be `base`"
+            )
+        _require_least(self, {"steps": 1}, f" (stage {self.name!r})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +75,9 @@ class EvaluationConfig:
     documents: int = 5
     max_searches: int = 9
     controls: bool = False  # forced search, no search, wrong passages, first search only
+
+    def __post_init__(self) -> None:
+        _require_least(self, dict.fromkeys(("every", "documents", "max_searches"), 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +109,15 @@ class RunConfig:
     max_skipped_updates: int = 3  # non-finite updates in a row that stop the run
 
     def __post_init__(self) -> None:
+        _require_least(
+            self,
+            {
+                **dict.fromkeys(("questions_per_step", "samples_per_question"), 1),
+                **dict.fromkeys(("keep_checkpoints", "max_skipped_updates"), 1),
+                **dict.fromkeys(("max_refills", "checkpoint_every", "trajectories_per_step"), 0),
+            },
+        )
         check_group_size(self.samples_per_question, self.learner.algorithm.estimator)
-        if self.max_refills < 0:
-            raise UserError(f"max_refills = {self.max_refills}, must be at least 0")
         for stage in self.stages:
             reward_by_name(stage.reward)
         names = [stage.name for stage in self.stages]
@@ -129,4 +155,14 @@ class RunConfig:
         if self.sampling.temperature <= 0.0:
             raise UserError(
                 f"sampling.temperature = {self.sampling.temperature}: training needs more than 0"
+            )
+
+
+def _require_least(config: Any, least: Mapping[str, int], where: str = "") -> None:
+    """Raises UserError for the first field that is below its least value."""
+    for field, value in least.items():
+        if not getattr(config, field) >= value:
+            raise UserError(
+                f"run.{type(config).__name__}.{field} = {getattr(config, field)}: must be at least "
+                f"{value}{where}"
             )

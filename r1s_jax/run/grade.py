@@ -4,7 +4,9 @@ Rollouts are played in waves of 1, 1, 2, 4, 8, ... a question: each wave doubles
 has had, and those that were right once drop out. So at most as many are played after the first
 right one as before it, and the engine's rows are filled with questions, not with samples.
 An episode's randomness is keyed by question, wave and sample, so a grade does not depend on which
-other questions are played, nor on where a killed run began again.
+other questions are played, nor on where a killed run began again. The waves of more rollouts begin
+as those of fewer do, with the same keys: what was played for one number serves every other. Only a
+wave that the number had cut short is played again in whole.
 """
 
 from __future__ import annotations
@@ -67,20 +69,26 @@ class GradeConfig:
 
     @property
     def waves(self) -> list[tuple[int, int]]:
-        """(rollouts before it, rollouts of it) of every wave."""
+        """(rollouts before it, rollouts of it) of every wave; the last one may be cut short."""
         waves, played = [], 0
         while played < self.rollouts:
-            width = min(max(played, 1), self.rollouts - played)
-            waves.append((played, width))
-            played += width
+            end = min(_whole_wave(played)[1], self.rollouts)
+            waves.append((played, end - played))
+            played = end
         return waves
+
+    def needs(self, right: Sequence[bool]) -> int:
+        """How many rollouts these waves play of a question whose first ones went as in `right`."""
+        ends = (start + width for start, width in self.waves)
+        return next((end for end in ends if any(right[:end])), self.rollouts)
 
 
 class RolloutLog:
     """What was played so far: a JSON line of settings, then a line per question and wave.
 
-    Every line is appended when its wave has ended. Opening it cuts off a last line that a killed
-    run left unfinished. Object stores cannot append: there the file is written anew.
+    It may hold more rollouts than are asked for now, or fewer: see the module. Every line is
+    appended when its wave has ended. Opening it cuts off a last line that a killed run left
+    unfinished. Object stores cannot append: there the file is written anew.
 
     Raises:
         UserError: the file belongs to other settings or questions, or is none of these files.
@@ -91,12 +99,10 @@ class RolloutLog:
         path: epath.PathLike,
         settings: Mapping[str, Any],
         questions: Sequence[Question],
-        waves: Sequence[tuple[int, int]],
     ) -> None:
         self._path = epath.Path(path)
         self._remote = "://" in str(self._path)
         self.right: dict[str, list[bool]] = {q.id: [] for q in questions}
-        self._ends = {start: start + width for start, width in waves}
         found = from_first_host(lambda: self._path.read_bytes() if self._path.exists() else b"")
         header = json.dumps({"settings": settings}) + "\n"
         self._text = found[: found.rfind(b"\n") + 1].decode(errors="replace")
@@ -109,12 +115,15 @@ class RolloutLog:
         if not self._text:
             self._append(header)
 
-    def add(self, right: Mapping[str, Sequence[bool]]) -> None:
-        """Appends a wave of some questions: by id, whether each rollout was right."""
+    def add(self, start: int, right: Mapping[str, Sequence[bool]]) -> None:
+        """Appends what is new of the wave from `start` on: by id, whether rollouts were right."""
         lines = []
         for id, flags in right.items():
-            self.right[id] += flags
-            lines.append(json.dumps({"idx": id, "right": [int(flag) for flag in flags]}) + "\n")
+            first = len(self.right[id])
+            new = [bool(flag) for flag in flags[first - start :]]
+            self.right[id] += new
+            row = {"idx": id, "first": first, "right": [int(flag) for flag in new]}
+            lines.append(json.dumps(row) + "\n")
         self._append("".join(lines))
 
     def _append(self, text: str) -> None:
@@ -144,7 +153,9 @@ class RolloutLog:
             try:
                 row = json.loads(line)
                 right, flags = self.right[row["idx"]], [bool(flag) for flag in row["right"]]
-                if any(right) or self._ends[len(right)] != len(right) + len(flags):
+                start, end = _whole_wave(len(right))
+                fits = row["first"] == len(right) < len(right) + len(flags) <= end
+                if not fits or any(right[:start]):
                     raise ValueError("no wave of this question")
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{self._path}:{number}: not a wave: {line[:80]!r}") from None
@@ -173,8 +184,8 @@ def grade(
         raise UserError(f"{out}: exists, and there is no {log_path.name} that says how it was made")
     parts = _parts(config, checkpoint)
     questions = parts.eval_questions
-    log = RolloutLog(log_path, _settings(config, parts, grading), questions, grading.waves)
-    if any(not any(right) and len(right) < grading.rollouts for right in log.right.values()):
+    log = RolloutLog(log_path, _settings(config, parts, grading), questions)
+    if any(len(right) < grading.needs(right) for right in log.right.values()):
         progress.note(f"engine: {parts.engine.plan}")
         parts.engine.set_weights(hf.load_params(parts.checkpoint, parts.model, parts.mesh), 0)
         play_waves(
@@ -187,7 +198,7 @@ def grade(
             at_once=config.engine.rows * _EPISODES_PER_ROW,
             progress=progress,
         )
-    graded = [Graded(question=q, right=tuple(log.right[q.id])) for q in questions]
+    graded = grades(questions, log, grading)
     rows = (graded_row(g, grading.thresholds) for g in graded)
     lines = [json.dumps(r, ensure_ascii=False) for r in rows if r["difficulty"] in grading.keep]
     if _writes():
@@ -214,16 +225,25 @@ def play_waves(
     """
     for wave, (start, width) in enumerate(grading.waves):
         unsolved = [q for q in questions if not any(log.right[q.id][:start])]
-        left = [q for q in unsolved if len(log.right[q.id]) == start]
+        left = [q for q in unsolved if len(log.right[q.id]) < start + width]
         call = Call(seed=seed, phase="grade", step=0, attempt=wave)
         size = max(1, at_once // width)
         for first in range(0, len(left), size):
             piece = left[first : first + size]
             right, speed = _play(rollout, piece, width, sampling, call, grading.measure)
-            log.add(right)
+            log.add(start, right)
             done = len(unsolved) - len(left) + first + len(piece)
             stage = f"up to rollout {start + width}"
             progress.update(stage, done, len(unsolved), {"tokens_per_second": speed})
+
+
+def grades(questions: Sequence[Question], log: RolloutLog, grading: GradeConfig) -> list[Graded]:
+    """The questions with the rollouts that `grading` plays, whatever else `log` holds."""
+    played = [log.right[q.id] for q in questions]
+    return [
+        Graded(question=q, right=tuple(right[: grading.needs(right)]))
+        for q, right in zip(questions, played, strict=True)
+    ]
 
 
 def grade_report(graded: Sequence[Graded], thresholds: Thresholds) -> str:
@@ -287,19 +307,24 @@ def _parts(config: RunConfig, checkpoint: Path | None) -> Parts:
 
 
 def _settings(config: RunConfig, parts: Parts, grading: GradeConfig) -> dict[str, Any]:
-    """Everything that grades depend on, flat and as plain JSON."""
+    """Everything that a rollout and its score depend on, flat and as plain JSON."""
     settings: dict[str, Any] = fingerprints(parts)
     settings["world.train_questions"] = settings.pop("world.eval_questions")  # see `_parts`
     settings |= {
         "dtype": config.dtype,
         "seed": config.seed,
-        "rollouts": grading.rollouts,
         "measure": grading.measure,
     }
     for room in ("sampling", "rollout", "engine", "mesh"):
         for name, value in dataclasses.asdict(getattr(config, room)).items():
             settings[f"{room}.{name}"] = value
     return settings
+
+
+def _whole_wave(played: int) -> tuple[int, int]:
+    """The wave, not cut short, that rollout number `played` belongs to: its first, and its end."""
+    start = 1 << played.bit_length() >> 1
+    return start, max(2 * start, 1)
 
 
 def _writes() -> bool:

@@ -32,6 +32,8 @@ from r1s_jax.types import Question, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ATLAS = "atlas"
+# Questions of each split; they are pinned, and known so before the world is read or made.
+ATLAS_QUESTIONS = {"base": 6370, "train": 2750, "eval": 1254}
 _TYPICAL_CHARACTERS = 4000
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of each file of weights
 
@@ -249,8 +251,11 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
     for field in ("train_questions", "eval_questions")[0 if training else 1 :]:
         name = getattr(world, field)
         if name.startswith(f"{_ATLAS}:"):
-            if name.removeprefix(f"{_ATLAS}:") not in SPLITS:
+            split = name.removeprefix(f"{_ATLAS}:")
+            if split not in SPLITS:
                 raise UserError(f"world.{field} = {name!r}: the atlas has the splits {SPLITS}")
+            if field == "train_questions":
+                _require_enough(name, ATLAS_QUESTIONS[split], config.questions_per_step)
             continue
         if not resolve(name).is_file():
             source = world.questions_source or "put the questions there"
@@ -266,11 +271,8 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
                     f"{name}: question {question.id!r}: its prompt is {tokens} tokens longer than "
                     f"engine.context = {config.engine.context} has room for"
                 )
-        if field == "train_questions" and len(questions) < config.questions_per_step:
-            raise UserError(
-                f"{name}: holds {len(questions)} questions, questions_per_step = "
-                f"{config.questions_per_step}"
-            )
+        if field == "train_questions":
+            _require_enough(name, len(questions), config.questions_per_step)
     if world.corpus == _ATLAS:
         return
     folder = resolve(world.corpus)
@@ -280,6 +282,12 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
             f"world.corpus = {world.corpus!r}: no index there (index/, embedder/); {source}"
         )
     check_embedder(folder / "index", folder / "embedder")
+
+
+def _require_enough(name: str, count: int, wanted: int) -> None:
+    """Every question of a step is another one."""
+    if count < wanted:
+        raise UserError(f"{name}: holds {count} questions, questions_per_step = {wanted}")
 
 
 def make_prompt(config: RunConfig) -> Prompt:

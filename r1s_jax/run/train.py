@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from r1s_jax.data.curriculum import question_stream
 from r1s_jax.data.floors import floors
@@ -32,12 +33,13 @@ from r1s_jax.run.export import export_policy
 from r1s_jax.run.health import Health
 from r1s_jax.run.hosts import require_same
 from r1s_jax.run.metrics import MetricsWriter, TrajectoryWriter, clocked
+from r1s_jax.run.offending import write_offending_batch
 from r1s_jax.run.preemption import EXIT_TRY_AGAIN, StopFlag
 from r1s_jax.run.progress import Progress
 from r1s_jax.run.report import final_report
 from r1s_jax.run.rundir import RunDir, write_json_atomic
 from r1s_jax.run.setup import Parts, build_parts, fingerprints, policy_fingerprint
-from r1s_jax.types import UserError
+from r1s_jax.types import Trajectory, UserError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -198,6 +200,7 @@ class _Run:
             self.samples.write(
                 self.at.step, stage.name, played.trajectories, [r.parts for r in played.rewards]
             )
+            self._require_finite(played)
             ended = self.at.stage_step == stage.steps
             due = self._due(self.config.checkpoint_every) or self._due(self.config.evaluation.every)
             leaving = self._asked_to_leave()
@@ -246,25 +249,26 @@ class _Run:
         self.compiles.reset()
 
     def _update(self, played: Collected) -> dict[str, float]:
-        """The learner's update; refuses to go on after too many that were not finite."""
-        chosen = [t for t, c in zip(played.trajectories, played.chosen_N, strict=True) if c]
-        totals_N, ids_N = played.totals_N[played.chosen_N], played.group_ids_N[played.chosen_N]
-        learned = self.learner.update(chosen, totals_N, ids_N)
+        """The learner's update; counts those in a row, over steps, that were not finite."""
+        learned = self.learner.update(*_batch(played))
         if learned["updates"]:
             all_skipped = learned["skipped_at_end"] == learned["updates"]
             before = self.at.skipped_in_a_row if all_skipped else 0
             self.at.skipped_in_a_row = before + int(learned["skipped_at_end"])
-        if self.at.skipped_in_a_row >= self.config.max_skipped_updates:
-            path = self.run_dir.path / "offending_batch.json"
-            rows = [t.token_ids_T.tolist() for t in chosen]
-            if self.first:
-                write_json_atomic(path, {"step": self.at.step, "token_ids": rows})
-            raise UserError(
-                f"step {self.at.step}: {self.at.skipped_in_a_row} updates in a row had a gradient "
-                f"that is not finite (max_skipped_updates = {self.config.max_skipped_updates}); "
-                f"the batch is in {path}"
-            )
         return learned
+
+    def _require_finite(self, played: Collected) -> None:
+        """Refuses to go on after too many skipped updates in a row; the batch is kept."""
+        if self.at.skipped_in_a_row < self.config.max_skipped_updates:
+            return
+        # Nobody leaves before host 0 has written it.
+        batch, step = _batch(played), self.at.step
+        path = from_first_host(lambda: write_offending_batch(self.run_dir.path, step, *batch))
+        raise UserError(
+            f"step {step}: {self.at.skipped_in_a_row} updates in a row had a gradient that is not "
+            f"finite (max_skipped_updates = {self.config.max_skipped_updates}); the batch is in "
+            f"{path}"
+        )
 
     def _log(self, stage: StageConfig, played: Collected, learned: dict[str, float]) -> None:
         totals, results = played.totals_N, played.results
@@ -375,3 +379,10 @@ class _Run:
     def _written_summary(self) -> dict[str, Any]:
         file = self.run_dir.summary
         return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _batch(played: Collected) -> tuple[list[Trajectory], np.ndarray, np.ndarray]:
+    """What is learned from: episodes, rewards and group ids, each [N]."""
+    chosen_N = played.chosen_N
+    chosen = [t for t, c in zip(played.trajectories, chosen_N, strict=True) if c]
+    return chosen, played.totals_N[chosen_N], played.group_ids_N[chosen_N]

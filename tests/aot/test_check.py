@@ -226,12 +226,13 @@ def test_a_mesh_of_another_size():
         slices.for_slice(split, 6)
 
 
-def test_what_is_checked_can_be_trained():
+@pytest.mark.parametrize("name", ["stage2", "tiny"])
+def test_what_is_checked_can_be_trained(name):
     """The options that are printed make the configuration that was checked."""
-    stage2 = launch.load_config("stage2").value
-    checked = slices.for_slice(stage2, 16)
+    config = launch.load_config(name).value
+    checked = slices.for_slice(config, 16)
     options = " ".join(slices.bindings(checked)).removeprefix("--gin '").removesuffix("'")
-    assert launch.load_config("stage2", options.split("' --gin '")).value == checked != stage2
+    assert launch.load_config(name, options.split("' --gin '")).value == checked != config
 
 
 def test_refusals(four_devices):

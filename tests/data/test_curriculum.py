@@ -83,7 +83,7 @@ def test_the_state_of_another_stream_is_refused(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_too_few_or_repeated_questions_are_user_errors(sampler):
     config = CurriculumConfig(sampler=sampler)
-    with pytest.raises(UserError, match=r"3 questions.*batch_size of 4"):
+    with pytest.raises(UserError, match=r"3 questions, questions_per_step = 4"):
         question_stream(config, _questions(3), batch_size=4, seed=0)
     with pytest.raises(UserError, match="'q0' occurs twice"):
         question_stream(config, _questions(3) + _questions(1), batch_size=2, seed=0)

@@ -1,4 +1,4 @@
-"""The library's way from rewards to gradients, as `Learner.update` goes it, without a model.
+"""The library's way from rewards to gradients, as `Learner.update` goes it (test_update), no model.
 
 Takes the episodes of `reference`, and gives what it found back by episode.
 """

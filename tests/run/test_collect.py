@@ -114,6 +114,13 @@ def test_without_refills_everything_is_learned_from():
     assert stream.told == [(["0", "1"], [1.0, 0.5], [2, 2])]
 
 
+def test_where_answers_do_not_count_the_reward_says_what_succeeded():
+    stage = dataclasses.replace(STAGE, reward="paper_stage1")
+    stream = Stream()
+    collect(Script({"0": (1.0, 0.5), "1": (-2.0, 3.0)}), stream, reward_of, CONFIG, stage, 7)
+    assert stream.told == [(["0", "1"], [0.75, 0.5], [2, 2])]
+
+
 def test_refills_go_on_until_enough_groups_differ():
     """New questions each time, a new attempt in the key; a surplus group is left out."""
     rewards = {"0": EQUAL, "1": DIFFER, "2": EQUAL, "3": EQUAL, "4": DIFFER, "5": DIFFER}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from r1s_jax.data.difficulty import DIFFICULTIES, Graded, Thresholds
+from r1s_jax.data.difficulty import DIFFICULTIES, Thresholds
 from r1s_jax.engine.sampling import SamplingConfig, row_seed
 from r1s_jax.rollout.episode import STOP_STRINGS
 from r1s_jax.rollout.loop import Rollout, RolloutConfig
-from r1s_jax.run.grade import GradeConfig, RolloutLog, grade_report, play_waves
+from r1s_jax.run.grade import GradeConfig, RolloutLog, grade_report, grades, play_waves
 from r1s_jax.run.progress import Progress
 from r1s_jax.types import UserError
 from tests import tiny
@@ -21,12 +21,13 @@ from tests.scripted import ENGINE, TOKENIZER
 GRADING = GradeConfig(rollouts=11, thresholds=Thresholds(easy_below=3, hard_above=6))
 WAVES = [(0, 1), (1, 1), (2, 2), (4, 4), (8, 3)]
 NAMES = tuple("abcdefgh")
+MOST = [(0, 1), (1, 1), (2, 2), (4, 4), (8, 8), (16, 16)]  # whole waves, of any number of rollouts
 SEED = 3
 # RIGHTS[question][rollout]; some are right at once, some never.
 RIGHTS = dict(
     zip(
         NAMES,
-        np.random.default_rng(1).random((8, 11)) < np.linspace(0, 0.7, 8)[:, None],
+        np.random.default_rng(70).random((8, 32)) < np.linspace(0, 0.4, 8)[:, None],
         strict=True,
     )
 )
@@ -42,7 +43,7 @@ class Policy(ScriptedEngine):
     def __init__(self, right="x"):
         super().__init__(self.turn, config=ENGINE, tokenizer=TOKENIZER, stop_strings=STOP_STRINGS)
         self.right, self.played = right, []
-        for wave, (_, width) in enumerate(WAVES):
+        for wave, (_, width) in enumerate(MOST):
             for name in NAMES:
                 for sample in range(width):
                     key = row_seed(SEED, "grade", 0, name, wave, sample)
@@ -56,7 +57,7 @@ class Policy(ScriptedEngine):
         name, wave = name.split("/")
         if turn == 0:
             return f"hm <|begin_of_query|> {name} <|end_of_query|>"
-        number = WAVES[int(wave)][0] + sample
+        number = MOST[int(wave)][0] + sample
         self.played.append((name, number))
         answer = self.right if RIGHTS[name][number] else "z"
         return f"</think><answer>{answer}</answer>"
@@ -67,7 +68,7 @@ def play(path, engine=None, *, retriever=None, names=NAMES, grading=GRADING, at_
     questions = [tiny.question(name) for name in names]
     config = RolloutConfig(documents=1, max_searches=2, max_new_tokens=60, search_window=0.0)
     retriever = retriever or DictionaryRetriever(mapping={})
-    log = RolloutLog(path, SETTINGS, questions, grading.waves)
+    log = RolloutLog(path, SETTINGS, questions)
     play_waves(
         Rollout(engine, TOKENIZER, tiny.PROMPT, retriever, config),
         questions,
@@ -78,7 +79,7 @@ def play(path, engine=None, *, retriever=None, names=NAMES, grading=GRADING, at_
         at_once=at_once,
         progress=Progress(console=Console(file=io.StringIO())),
     )
-    return [Graded(question=q, right=tuple(log.right[q.id])) for q in questions]
+    return grades(questions, log, grading)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_needed_is_the_first_right_rollout(tmp_path):
     graded = play(tmp_path / "log.jsonl", engine)
     expected, played = [], []
     for name in NAMES:
-        right = RIGHTS[name].tolist()
+        right = RIGHTS[name][:11].tolist()
         first = right.index(True) + 1 if any(right) else None
         expected.append(first)
         # The wave of the first right one is the last.
@@ -128,7 +129,7 @@ def test_killed_anywhere_the_same_command_goes_on(whole, tmp_path):
     path = tmp_path / "log.jsonl"
     header = text.index(b"\n") + 1
     between = text.index(b"\n", 800) + 1
-    for length in (0, 7, header - 1, *range(header, len(text), 97), between, len(text)):
+    for length in (0, 7, header - 1, *range(header, len(text), 149), between, len(text)):
         path.write_bytes(text[:length])
         engine = Policy()
         assert (play(path, engine), path.read_bytes()) == (graded, text)
@@ -156,9 +157,46 @@ def test_what_another_run_has_written_is_refused_and_left_alone(whole, tmp_path)
     ):
         path.write_text(text)
         with pytest.raises(UserError) as caught:
-            RolloutLog(path, settings, questions, WAVES)
+            RolloutLog(path, settings, questions)
         assert said in str(caught.value) and "\n" not in str(caught.value)
         assert path.read_text() == text
+
+
+def grading_of(rollouts):
+    return GradeConfig(rollouts=rollouts, thresholds=Thresholds(easy_below=1, hard_above=1))
+
+
+def test_what_was_played_for_another_number_of_rollouts_serves(tmp_path):
+    """The grades are those of a new log; played again is only what a question had of a cut wave."""
+    assert [int(RIGHTS[n].argmax()) + 1 for n in "bcdefgh"] == [20, 13, 11, 12, 2, 1, 2]
+    assert not RIGHTS["a"].any()
+    path = tmp_path / "log.jsonl"
+    play(path, grading=grading_of(11))
+    again = [(n, i) for n in "abcde" for i in range(8, 16)]  # d was right within the cut wave
+    for rollouts, played in (
+        (30, again + [(n, i) for n in "ab" for i in range(16, 30)]),
+        *((fewer, []) for fewer in (20, 12, 11, 1, 30)),
+        (32, [(n, i) for n in "ab" for i in range(16, 32)]),
+        (11, []),
+    ):
+        engine, grading, before = Policy(), grading_of(rollouts), path.read_bytes()
+        graded = play(path, engine, grading=grading)
+        assert sorted(engine.played) == sorted(played)
+        assert path.read_bytes().startswith(before) and (played or path.read_bytes() == before)
+        assert graded == play(tmp_path / f"new{rollouts}.jsonl", grading=grading)
+
+
+def test_killed_while_more_is_played(tmp_path):
+    """Also where the waves of two numbers of rollouts meet in one log."""
+    path = tmp_path / "log.jsonl"
+    play(path, grading=grading_of(11))
+    first = len(path.read_bytes())
+    graded = play(path, grading=grading_of(30))
+    text = path.read_bytes()
+    for length in range(first, len(text), 101):
+        path.write_bytes(text[:length])
+        assert play(path, grading=grading_of(20)) == play(tmp_path / "20", grading=grading_of(20))
+        assert play(path, grading=grading_of(30)) == graded
 
 
 class Flaky:

@@ -22,12 +22,13 @@ from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rl.rewards import REWARDS, Reward
 from r1s_jax.rl.shaping import ShapingConfig
 from r1s_jax.rollout.loop import Rollout, RolloutConfig
+from r1s_jax.run.checkpoint import Checkpointer
 from r1s_jax.run.config import EvaluationConfig, PolicyConfig, RunConfig, StageConfig, WorldConfig
 from r1s_jax.run.metrics import identical, read_rows
 from r1s_jax.run.rundir import open_run_dir
 from r1s_jax.run.setup import REPOSITORY
 from r1s_jax.run.train import train
-from r1s_jax.types import UserError
+from r1s_jax.types import TokenSource, UserError
 
 TINY_BASE = REPOSITORY / "configs" / "models" / "tiny_base"
 STAGES = (
@@ -177,6 +178,62 @@ def interrupted(config, path, monkeypatch, how, phase, before):
         assert not (path / "summary.json").exists()
     monkeypatch.setattr(Rollout, "run", run)
     play(config, path)
+
+
+@pytest.mark.slow
+def test_updates_that_stay_broken_stop_the_run_with_the_batch_saved(config, tmp_path, monkeypatch):
+    """Two of two updates are skipped in step 1 and in step 2, and the third one in a row ends it.
+
+    Started again it goes on behind step 1, and comes to the same end only if it knows that two
+    were skipped before.
+    """
+    run, played = Rollout.run, []
+
+    def poisoned(self, *args, **kwargs):
+        result = run(self, *args, **kwargs)
+        if kwargs["call"].phase.startswith("train"):
+            # Then the importance weights are NaN, and so are the gradients.
+            for t in (t for group in result.groups for t in group.trajectories):
+                t.drawn_logprobs_T[t.sources_T == TokenSource.SAMPLED] = np.nan
+            played.append(result.groups)
+        return result
+
+    monkeypatch.setattr(Rollout, "run", poisoned)
+    algorithm = AlgorithmConfig(estimator="grpo", importance_cap=2.0)
+    config = dataclasses.replace(
+        config,
+        learner=dataclasses.replace(config.learner, algorithm=algorithm),
+        evaluation=dataclasses.replace(config.evaluation, controls=False),
+        max_skipped_updates=3,
+    )
+    path, rows = tmp_path / "run", []
+    for attempt in range(2):
+        with pytest.raises(UserError) as caught:
+            play(config, path)
+        assert str(caught.value) == (
+            "step 2: 4 updates in a row had a gradient that is not finite (max_skipped_updates = "
+            "3); the batch is in run/offending_batch.npz"
+        )
+        with Checkpointer(path / "checkpoints") as checkpointer:
+            assert checkpointer.latest_step() == 1
+            assert checkpointer.read_host()["position"]["skipped_in_a_row"] == 2
+        rows.append(read_rows(path / "metrics.jsonl"))
+        steps = [(r["step"], r["skipped_updates"]) for r in rows[attempt] if r["phase"] == "train"]
+        assert steps == [(1, 2.0), (2, 2.0)]
+        assert rows[attempt][-1]["alarms"] >= 1.0 and rows[attempt][-1]["grad_norm"] is None
+    assert [call[0].question for call in played[1:2]] == [call[0].question for call in played[2:]]
+
+    trajectories = [t for group in played[-1] for t in group.trajectories]
+    with np.load(path / "offending_batch.npz") as batch:
+        assert batch["step"] == 2
+        np.testing.assert_array_equal(batch["group_ids_N"], [0, 0, 1, 1, 2, 2, 3, 3])
+        assert batch["rewards_N"].mean() == rows[-1][-1]["reward_mean"]
+        ends = np.cumsum(batch["lengths_N"])[:-1]
+        for field in ("token_ids_T", "sources_T", "logprobs_T", "drawn_logprobs_T"):
+            pieces = np.split(batch[field], ends)
+            for piece, trajectory in zip(pieces, trajectories, strict=True):
+                np.testing.assert_array_equal(piece, getattr(trajectory, field))
+        assert np.isnan(batch["drawn_logprobs_T"]).any() and batch["logprobs_T"].any()
 
 
 @pytest.mark.slow
