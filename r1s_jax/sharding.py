@@ -34,11 +34,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis: replicas, parameter shards, tensor shards."""
+    """Devices along each mesh axis: replicas, parameter shards, tensor shards.
+
+    Raises UserError where an axis is below 1.
+    """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in dataclasses.asdict(self).items():
+            if size < 1:
+                raise UserError(f"mesh.{axis} = {size}, must be at least 1")
 
     @property
     def size(self) -> int:
@@ -48,11 +56,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a (data, fsdp, tensor) mesh over the first `config.size` devices.
 
-    Raises UserError where there are fewer devices than the mesh wants, or an axis is below 1.
+    Raises UserError where there are fewer devices than the mesh wants.
     """
-    for axis, size in dataclasses.asdict(config).items():
-        if size < 1:
-            raise UserError(f"mesh.{axis} = {size}, must be at least 1")
     devices = jax.devices() if devices is None else devices
     if len(devices) < config.size:
         raise UserError(

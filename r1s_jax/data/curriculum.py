@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -34,8 +35,8 @@ class CurriculumConfig:
     def __post_init__(self) -> None:
         for field, holds, wanted in (
             ("sampler", self.sampler in ("shuffled", "variance"), '"shuffled" or "variance"'),
-            ("half_life", self.half_life > 0.0, "more than 0"),
-            ("prior_samples", self.prior_samples > 0.0, "more than 0"),
+            ("half_life", 0.0 < self.half_life < math.inf, "more than 0, and finite"),
+            ("prior_samples", 0.0 < self.prior_samples < math.inf, "more than 0, and finite"),
             ("floor", 0.0 < self.floor <= 1.0, "more than 0, at most 1"),
         ):
             if not holds:

@@ -28,6 +28,7 @@ pi_old is the policy that the rollout was played with, in the learner's arithmet
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from r1s_jax.rl.advantages import estimator_by_name
@@ -78,9 +79,10 @@ class AlgorithmConfig:
             "entropy_weight": 0, "llds_weight": 0,
         }  # fmt: skip
         for field, value in least.items():
-            if not getattr(self, field) >= value:
+            if not value <= getattr(self, field) < math.inf:
                 raise UserError(
                     f"algorithm.{field} = {getattr(self, field)}, must be at least {value}"
+                    ", and finite"
                 )
         band = self.sequence_band
         if band is not None and not (len(band) == 2 and 0 < band[0] <= 1 <= band[1]):

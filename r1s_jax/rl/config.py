@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from r1s_jax.models.decoder import Remat
@@ -37,11 +38,12 @@ class LearnerConfig:
             **dict.fromkeys(("learning_rate", "weight_decay"), 0),
         }
         for field, value in least.items():
-            if not getattr(self, field) >= value:
+            if not value <= getattr(self, field) < math.inf:
                 raise UserError(
                     f"learner.{field} = {getattr(self, field)}, must be at least {value}"
+                    ", and finite"
                 )
-        if not self.clip_norm > 0:
+        if not 0 < self.clip_norm < math.inf:
             raise UserError(
                 f"learner.clip_norm = {self.clip_norm}, must be more than 0 (1e9 clips nothing)"
             )

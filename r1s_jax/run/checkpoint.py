@@ -89,7 +89,8 @@ class Checkpointer:
         name some of the stored arrays only, and no others are read.
 
         Raises:
-            UserError: there is no such step, or its arrays differ in path, shape or dtype.
+            UserError: there is no such step, its files are damaged, or its arrays differ in path,
+                shape or dtype.
         """
         step = self._existing(step)
         stored = self._read_json(step)
@@ -98,17 +99,16 @@ class Checkpointer:
         if partial:
             found = {path: form for path, form in found.items() if path in wanted}
         _compare(self.directory / str(step), found, wanted)
-        restored = self._manager.restore(
+        arrays = self._read(
             step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeRestore(
-                    abstract_arrays,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_arrays),
-                    partial_restore=partial,
-                )
+            _ARRAYS,
+            ocp.args.PyTreeRestore(
+                abstract_arrays,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_arrays),
+                partial_restore=partial,
             ),
         )
-        return step, restored[_ARRAYS], stored["host"]
+        return step, arrays, stored["host"]
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk; raises what went wrong."""
@@ -126,9 +126,16 @@ class Checkpointer:
 
     def _read_json(self, step: int) -> dict[str, Any]:
         self.wait()
-        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))[
-            _HOST
-        ]
+        return self._read(step, _HOST, ocp.args.JsonRestore())
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except (KeyError, ValueError, FileNotFoundError) as error:  # Orbax's, of missing files
+            raise UserError(
+                f"{self.directory / str(step)}: is damaged, its {item} cannot be read ({error}); "
+                "remove it to go on from the one before"
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         self.wait()

@@ -117,6 +117,8 @@ class RunConfig:
                 **dict.fromkeys(("max_refills", "checkpoint_every", "trajectories_per_step"), 0),
             },
         )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"run.RunConfig.seed = {self.seed}: must be from 0 to {2**32 - 1}")
         check_group_size(self.samples_per_question, self.learner.algorithm.estimator)
         for stage in self.stages:
             reward_by_name(stage.reward)

@@ -130,7 +130,6 @@ class RolloutLog:
         self._text += text
         if not _writes():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._remote:
             self._path.write_text(self._text)
         else:
@@ -182,6 +181,10 @@ def grade(
     log_path = out.parent / f"{out.stem}.rollouts.jsonl"
     if from_first_host(lambda: out.exists() and not log_path.exists()):
         raise UserError(f"{out}: exists, and there is no {log_path.name} that says how it was made")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent}: cannot be made: {error.strerror}") from error
     parts = _parts(config, checkpoint)
     questions = parts.eval_questions
     log = RolloutLog(log_path, _settings(config, parts, grading), questions)

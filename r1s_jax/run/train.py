@@ -85,7 +85,7 @@ def train(config: RunConfig, run_dir: RunDir) -> int:
         return 0
     # Only now: on a terminal the live bar would share a line with the table.
     final_report(summary["results"], summary["floors"], [s.name for s in config.stages])
-    print(f"Hugging Face checkpoint: {summary['export']}", flush=True)
+    print(f"Hugging Face checkpoint: {run_dir.hf}", flush=True)
     return 0
 
 
@@ -342,10 +342,13 @@ class _Run:
         """Goes to the last checkpoint; what was written after it is cut off."""
         latest = from_first_host(self.checkpointer.latest_step)
         if latest is None:
+            if from_first_host(self.run_dir.summary.exists):
+                raise UserError(
+                    f"{self.run_dir.path}: has ended (it holds summary.json), but "
+                    "checkpoints/ holds none to go on from; choose another --run_dir"
+                )
             self.metrics.cut_back(0)
             self.samples.cut_back(-1)
-            if self.first:
-                self.run_dir.summary.unlink(missing_ok=True)
             return
         wanted = self.learner.abstract_checkpoint()
         self.learner.release()

@@ -195,6 +195,8 @@ def test_rows_must_divide_over_the_mesh(params):
         *((field, 0) for field in ("updates_per_rollout", "rows", "row_tokens", "clip_norm")),
         ("learning_rate", -1e-6),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("clip_norm", float("inf")),
         ("weight_decay", -0.1),
         ("adam_b1", 1.0),
         ("adam_b2", -0.1),

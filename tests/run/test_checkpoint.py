@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,19 @@ def test_absent_steps_and_directories(tmp_path):
             checkpoints.read_host(4)
         with pytest.raises(ValueError, match="step 3 is not after step 3"):
             checkpoints.save(3, make(), {})
+
+
+@pytest.mark.parametrize("item", ["arrays", "host"])
+def test_damaged_files_are_one_line(tmp_path, item):
+    """Bug: Orbax's own errors came through."""
+    tree = make()
+    with Checkpointer(tmp_path / "c") as checkpoints:
+        checkpoints.save(3, tree, {"x": 1})
+    for path in (tmp_path / "c" / "3" / item).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    words = rf"/3: is damaged, its {item} cannot be read"
+    with Checkpointer(tmp_path / "c") as checkpoints, pytest.raises(UserError, match=words):
+        checkpoints.restore(abstract(tree))
 
 
 def test_reader_beside_a_writer_tidies_nothing(tmp_path):

@@ -110,3 +110,10 @@ def test_more_questions_a_step_than_there_are(monkeypatch):
     assert str(caught.value) == "atlas:train: holds 2750 questions, questions_per_step = 2751"
     check_inputs(dataclasses.replace(config, questions_per_step=2750))
     check_inputs(config, training=False)  # takes no steps
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds(seed):
+    """Bug: a trace from numpy, or from jax where adapters start."""
+    said = refused(RUN, seed=seed)
+    assert said == f"run.RunConfig.seed = {seed}: must be from 0 to 4294967295"

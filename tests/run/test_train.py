@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -298,3 +299,15 @@ def test_finished_run_started_again_changes_nothing(config, whole):
     before = [file.read_text() for file in files]
     assert play(config, whole)[0] == 0
     assert [file.read_text() for file in files] == before
+
+
+def test_a_finished_run_without_its_checkpoints_is_left_alone(config, whole, tmp_path):
+    """Bug: it began anew over its own results."""
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    for step in (copy / "checkpoints").iterdir():
+        shutil.rmtree(step)
+    rows = (copy / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"copy: has ended .* checkpoints/ holds none"):
+        play(config, copy)
+    assert (copy / "metrics.jsonl").read_text() == rows and (copy / "summary.json").exists()
