@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from r1s_jax.types import UserError
+from r1s_jax.types import UserError, require_least
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -44,9 +44,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis, size in dataclasses.asdict(self).items():
-            if size < 1:
-                raise UserError(f"mesh.{axis} = {size}, must be at least 1")
+        require_least("mesh", self, dict.fromkeys(MESH_AXES, 1))
 
     @property
     def size(self) -> int:

@@ -23,12 +23,24 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 
 class UserError(Exception):
     """A mistake in the input (file, field, option): one line, exit code 2, nothing overwritten."""
+
+
+def require_least(name: str, config: Any, least: Mapping[str, float]) -> None:
+    """Raises UserError, as `name.field`, for the first field below its least number or infinite."""
+    for field, bound in least.items():
+        value = getattr(config, field)
+        if not bound <= value < math.inf:
+            wanted = "finite" if value == math.inf else f"at least {bound}"
+            raise UserError(f"{name}.{field} = {value}, must be {wanted}")
 
 
 class TokenSource(enum.IntEnum):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from r1s_jax.types import UserError
+from r1s_jax.types import require_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         sizes = ("rows", "chunk", "context", "page", "extend_rows", "extend_tokens")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"engine.{name} = {getattr(self, name)}, must be at least 1")
-        if self.tensor is not None and self.tensor < 1:
-            raise UserError(f"engine.tensor = {self.tensor}, must be at least 1")
+        given = ("tensor",) if self.tensor is not None else ()
+        require_least("engine", self, dict.fromkeys((*sizes, *given), 1))
 
     @property
     def longest_prompt(self) -> int:

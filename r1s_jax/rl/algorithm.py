@@ -28,11 +28,10 @@ pi_old is the policy that the rollout was played with, in the learner's arithmet
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from r1s_jax.rl.advantages import estimator_by_name
-from r1s_jax.types import UserError
+from r1s_jax.types import UserError, require_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +77,7 @@ class AlgorithmConfig:
             "length_norm": 1, "clip_low": 0, "clip_high": 0, "importance_cap": 0, "kl_weight": 0,
             "entropy_weight": 0, "llds_weight": 0,
         }  # fmt: skip
-        for field, value in least.items():
-            if not value <= getattr(self, field) < math.inf:
-                raise UserError(
-                    f"algorithm.{field} = {getattr(self, field)}, must be at least {value}"
-                    ", and finite"
-                )
+        require_least("algorithm", self, least)
         band = self.sequence_band
         if band is not None and not (len(band) == 2 and 0 < band[0] <= 1 <= band[1]):
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Literal
 from r1s_jax.models.decoder import Remat
 from r1s_jax.models.lora import LoraConfig
 from r1s_jax.rl.algorithm import AlgorithmConfig
-from r1s_jax.types import UserError
+from r1s_jax.types import UserError, require_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,7 @@ class LearnerConfig:
             **dict.fromkeys(("updates_per_rollout", "rows", "row_tokens"), 1),
             **dict.fromkeys(("learning_rate", "weight_decay"), 0),
         }
-        for field, value in least.items():
-            if not value <= getattr(self, field) < math.inf:
-                raise UserError(
-                    f"learner.{field} = {getattr(self, field)}, must be at least {value}"
-                    ", and finite"
-                )
+        require_least("learner", self, least)
         if not 0 < self.clip_norm < math.inf:
             raise UserError(
                 f"learner.clip_norm = {self.clip_norm}, must be more than 0 (1e9 clips nothing)"

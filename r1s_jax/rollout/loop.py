@@ -21,7 +21,7 @@ from r1s_jax.retrieval.pool import SearchPool
 from r1s_jax.rollout.episode import Episode, EpisodeLimits
 from r1s_jax.rollout.hosts import from_all_hosts
 from r1s_jax.rollout.play import Samples, Spent, play
-from r1s_jax.types import Group, Question, StopReason, Trajectory, UserError
+from r1s_jax.types import Group, Question, StopReason, Trajectory, UserError, require_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,7 @@ class RolloutConfig:
             "search_batch": 1,
             "search_window": 0.0,
         }
-        for field, value in least.items():
-            if getattr(self, field) < value:
-                raise UserError(
-                    f"rollout.{field} = {getattr(self, field)}, must be at least {value}"
-                )
+        require_least("rollout", self, least)
         if not 0.0 < self.search_timeout < math.inf:
             raise UserError(
                 f"rollout.search_timeout = {self.search_timeout}, must be more than 0 and finite"

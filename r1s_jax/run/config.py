@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from r1s_jax.data.curriculum import CurriculumConfig
 from r1s_jax.engine.sampling import SamplingConfig
@@ -17,7 +16,7 @@ from r1s_jax.rl.shaping import ShapingConfig
 from r1s_jax.rollout.loop import RolloutConfig
 from r1s_jax.run.health import HealthConfig
 from r1s_jax.sharding import MeshConfig
-from r1s_jax.types import UserError
+from r1s_jax.types import UserError, require_least
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
@@ -45,7 +44,7 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.eval_limit is not None:
-            _require_least(self, {"eval_limit": 1})
+            require_least("run.WorldConfig", self, {"eval_limit": 1})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class StageConfig:
                 f"run.StageConfig.name = {self.name!r}: must be letters, digits, `_`, `-` and `.`, "
                 "must not begin with `.` and must not be `base`"
             )
-        _require_least(self, {"steps": 1}, f" (stage {self.name!r})")
+        require_least(f"stage {self.name!r}: run.StageConfig", self, {"steps": 1})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,8 @@ class EvaluationConfig:
     controls: bool = False  # forced search, no search, wrong passages, first search only
 
     def __post_init__(self) -> None:
-        _require_least(self, dict.fromkeys(("every", "documents", "max_searches"), 0))
+        least = {"every": 0, "documents": 0, "max_searches": 0}
+        require_least("run.EvaluationConfig", self, least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,8 @@ class RunConfig:
     max_skipped_updates: int = 3  # non-finite updates in a row that stop the run
 
     def __post_init__(self) -> None:
-        _require_least(
+        require_least(
+            "run.RunConfig",
             self,
             {
                 **dict.fromkeys(("questions_per_step", "samples_per_question"), 1),
@@ -157,14 +158,4 @@ class RunConfig:
         if self.sampling.temperature <= 0.0:
             raise UserError(
                 f"sampling.temperature = {self.sampling.temperature}: training needs more than 0"
-            )
-
-
-def _require_least(config: Any, least: Mapping[str, int], where: str = "") -> None:
-    """Raises UserError for the first field that is below its least value."""
-    for field, value in least.items():
-        if not getattr(config, field) >= value:
-            raise UserError(
-                f"run.{type(config).__name__}.{field} = {getattr(config, field)}: must be at least "
-                f"{value}{where}"
             )

@@ -229,10 +229,15 @@ def trajectory_row(trajectory: Trajectory, reward: Mapping[str, float]) -> dict[
 
 
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
-    """Replaces a file at once: a kill leaves the old text or the new, never a part."""
+    """As `write_bytes_atomic`, in UTF-8."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: epath.PathLike, content: bytes) -> None:
+    """Replaces a file at once: a kill leaves the old content or the new, never a part."""
     path = epath.Path(path)
     draft = path.parent / f".{path.name}.draft"
-    draft.write_text(text)
+    draft.write_bytes(content)
     draft.replace(path)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from r1s_jax.run.metrics import write_bytes_atomic
 from r1s_jax.types import Trajectory
 
 _FIELDS = ("token_ids_T", "sources_T", "logprobs_T", "drawn_logprobs_T")
@@ -41,7 +42,5 @@ def write_offending_batch(
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     path = epath.Path(run_dir) / "offending_batch.npz"
-    draft = path.parent / f".{path.name}.draft"
-    draft.write_bytes(buffer.getvalue())
-    draft.replace(path)
+    write_bytes_atomic(path, buffer.getvalue())
     return path

@@ -32,8 +32,6 @@ from r1s_jax.types import Question, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ATLAS = "atlas"
-# Questions of each split; they are pinned, and known so before the world is read or made.
-ATLAS_QUESTIONS = {"base": 6370, "train": 2750, "eval": 1254}
 _TYPICAL_CHARACTERS = 4000
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of each file of weights
 
@@ -253,9 +251,11 @@ def _require_world(config: RunConfig, training: bool, excess: Callable[[str], in
         if name.startswith(f"{_ATLAS}:"):
             split = name.removeprefix(f"{_ATLAS}:")
             if split not in SPLITS:
-                raise UserError(f"world.{field} = {name!r}: the atlas has the splits {SPLITS}")
+                raise UserError(
+                    f"world.{field} = {name!r}: the atlas has the splits {tuple(SPLITS)}"
+                )
             if field == "train_questions":
-                _require_enough(name, ATLAS_QUESTIONS[split], config.questions_per_step)
+                _require_enough(name, SPLITS[split], config.questions_per_step)
             continue
         if not resolve(name).is_file():
             source = world.questions_source or "put the questions there"

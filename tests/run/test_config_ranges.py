@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 import launch
+from r1s_jax.data.atlas import SPLITS
 from r1s_jax.data.atlas_builder import load_atlas
 from r1s_jax.engine.state import EngineConfig
 from r1s_jax.rl.config import LearnerConfig
 from r1s_jax.rollout.loop import RolloutConfig
 from r1s_jax.run.config import EvaluationConfig, PolicyConfig, RunConfig, StageConfig, WorldConfig
-from r1s_jax.run.setup import ATLAS_QUESTIONS, check_inputs
+from r1s_jax.run.setup import check_inputs
 from r1s_jax.types import UserError
 
 WORLD = WorldConfig(train_questions="atlas:train", eval_questions="atlas:eval")
@@ -45,21 +46,21 @@ def refused(config, **settings):
     ("config", "field", "least", "where"),
     [
         *((RUN, field, least, "") for field, least in LEAST.items()),
-        (STAGE, "steps", 1, " (stage 'stage1')"),
+        (STAGE, "steps", 1, "stage 'stage1': "),
         (WORLD, "eval_limit", 1, ""),
         *((EvaluationConfig(), f, 0, "") for f in ("every", "documents", "max_searches")),
     ],
 )
 def test_numbers_below_their_least(config, field, least, where):
-    name = f"run.{type(config).__name__}.{field}"
+    name = f"{where}run.{type(config).__name__}.{field}"
     for value in (least - 1, least - 5):
         said = refused(config, **{field: value})
-        assert said == f"{name} = {value}: must be at least {least}{where}"
+        assert said == f"{name} = {value}, must be at least {least}"
     assert getattr(dataclasses.replace(config, **{field: least}), field) == least
 
 
 def test_samples_per_question():
-    said = "run.RunConfig.samples_per_question = 0: must be at least 1"
+    said = "run.RunConfig.samples_per_question = 0, must be at least 1"
     assert refused(RUN, samples_per_question=0) == said
     assert "needs at least 2" in refused(RUN, samples_per_question=1)  # to compare
 
@@ -82,8 +83,8 @@ def test_stages_have_names_of_their_own():
 
 def test_a_file_with_such_a_setting():
     for binding, said in (
-        ("run.RunConfig.questions_per_step = 0", "questions_per_step = 0: must be at least 1"),
-        ("stage2/run.StageConfig.steps = 0", "StageConfig.steps = 0: must be at least 1"),
+        ("run.RunConfig.questions_per_step = 0", "questions_per_step = 0, must be at least 1"),
+        ("stage2/run.StageConfig.steps = 0", "StageConfig.steps = 0, must be at least 1"),
         ("stage2/run.StageConfig.name = 'a/b'", "StageConfig.name = 'a/b': must be letters"),
     ):
         with pytest.raises(UserError) as caught:
@@ -94,7 +95,7 @@ def test_a_file_with_such_a_setting():
 
 
 def test_the_size_of_the_bundled_world_is_known_beforehand():
-    assert {s: len(questions) for s, questions in load_atlas().questions.items()} == ATLAS_QUESTIONS
+    assert {s: len(questions) for s, questions in load_atlas().questions.items()} == SPLITS
 
 
 def test_more_questions_a_step_than_there_are(monkeypatch):
