@@ -7,8 +7,8 @@ real: the 7,372 passages beside the project, embedded by MiniLM (which the tests
 recall of ScaNN, and gold answers among what is found. scale: a million vectors of 384 and of 1,024
 numbers, drawn from a process that is fitted to the real ones (benchmarks/retrieval_vectors.py).
 Each index lives in a process of its own; they take turns within one run. Both parts' sections are
-kept in DIR, so that they can be measured one after the other. An hour on two cores, most of it for
-building FAISS' HNSW; needs 12 GB of memory and 10 GB of disk.
+kept in DIR, so that they can be measured one after the other, and so are the drawn vectors and
+FAISS' HNSW for the next run. Half an hour on two cores; needs 18 GB of memory and 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def step(*words: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` answered when it was done, be it in an earlier run."""
+    if not path.is_file():
+        found = make()
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
 def index_of_passages(scratch: Path, data: Path) -> DenseIndex:
     """The real passages with MiniLM's vectors, kept in scratch."""
     embedder, folder = SentenceEmbedder(minilm()), scratch / "passages"
@@ -84,12 +92,12 @@ def scale_part(index: DenseIndex, data: Path, scratch: Path, rounds: int) -> lis
     drawn, measured, tables = {}, {}, []
     for dim in WIDTHS:
         folder = scratch / str(dim)
-        drawn[dim] = step("vectors", folder, fitted, COUNT, dim, QUERIES)
-        drawn[dim] |= step("exact", folder)
+        folder.mkdir(exist_ok=True)
+        words = ("vectors", folder, fitted, COUNT, dim, QUERIES)
+        drawn[dim] = kept(folder / "drawn.json", lambda w=words: step(*w) | step("exact", w[1]))
         say(f"{COUNT:,} x {dim} drawn, exact neighbours known")
         table, measured[dim] = compare(folder, dim, rounds)
         tables.append(table)
-        (folder / "vectors.npy").unlink()
     cores = os.cpu_count() or 1
     searches = sum(len(e.queries) for e in episodes) / len(episodes)
     wide = measured[1024]
@@ -101,11 +109,14 @@ def scale_part(index: DenseIndex, data: Path, scratch: Path, rounds: int) -> lis
 
 def compare(folder: Path, dim: int, rounds: int) -> tuple[Table, dict[str, Any]]:
     """Ours, FAISS flat and (narrow only) FAISS HNSW in turns; and what was measured of ours."""
-    built = step("build", folder, "float32")
+    names = {"ours": "ScaNN tree", "flat": "FAISS flat"}
+    made = {}
+    if dim < 512:
+        names["hnsw"] = "FAISS HNSW"
+        made["hnsw"] = kept(folder / "hnsw.json", lambda: step("hnsw", folder))
+        say(f"HNSW is built: {made['hnsw']}")
+    made["ours"] = built = step("build", folder, "float32")
     say(f"ours is built in {built['seconds']:.0f} s")
-    names = {"ours": "ScaNN tree", "flat": "FAISS flat"} | (
-        {"hnsw": "FAISS HNSW"} if dim < 512 else {}
-    )
     peers = {}
     for kind in names:
         extra = ("float32",) if kind == "ours" else ()
@@ -123,9 +134,8 @@ def compare(folder: Path, dim: int, rounds: int) -> tuple[Table, dict[str, Any]]
     matmul = calibrate().matmul
     rows = []
     for kind, name in names.items():
-        ready = peers[kind].ready
-        seconds = built["seconds"] if kind == "ours" else ready["seconds"]
-        peak = max(built["peak"] if kind == "ours" else 0, ready["peak"])
+        builder = made.get(kind, peers[kind].ready)
+        seconds, peak = builder["seconds"], max(builder["peak"], found[kind]["peak"])
         ratio = statistics.median(a / b for a, b in zip(rates[kind], rates["flat"], strict=True))
         rows.append(
             [
@@ -142,7 +152,8 @@ def compare(folder: Path, dim: int, rounds: int) -> tuple[Table, dict[str, Any]]
                 ),
             ]
         )
-    ours = built["parameters"] | {k: v for k, v in peers["ours"].ready.items() if k == "held"}
+    ours = built["parameters"]
+    multiplied = 2 * COUNT * dim * statistics.median(rates["flat"]) / 1e9
     say(f"{dim}: {rows}")
     table = Table(
         title=f"Scale: {COUNT:,} x {dim}",
@@ -156,7 +167,10 @@ def compare(folder: Path, dim: int, rounds: int) -> tuple[Table, dict[str, Any]]
             "alone, without them. Queries/s in batches of 64: median (least to largest) of "
             f"{rounds} rounds in turns; the ratio is the median of the rounds'. At this machine's "
             f"matmul rate of {matmul:.0f} GFLOP/s an exact search could make "
-            f"{matmul * 1e9 / (2 * COUNT * dim):.0f} queries/s."
+            f"{matmul * 1e9 / (2 * COUNT * dim):.0f} queries/s; FAISS flat runs at "
+            f"{multiplied:.0f} GFLOP/s. It is told to multiply matrices for batches of any size "
+            "(`distance_compute_blas_threshold`): by default FAISS 1.15 does not for such batches, "
+            "which takes several times as long on few cores."
         ),
         header=[
             *("index", "build, s", "peak, GB", "held, GB", "recall@5", "queries/s, batch 64"),
