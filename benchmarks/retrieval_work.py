@@ -1,7 +1,7 @@
 """One step of benchmarks/retrieval.py in a process of its own, so that its memory is its own.
 
-    python retrieval_work.py vectors|exact|build|hnsw FOLDER ...   answers with one line of JSON
-    python retrieval_work.py serve ours|flat|hnsw FOLDER   answers commands, see `peers.protocol`
+    python retrieval_work.py vectors|exact|build|hnsw FOLDER ... answers with one line of JSON
+    python retrieval_work.py serve ours|lean|flat|hnsw FOLDER answers commands, see `peers.protocol`
 
 FOLDER holds vectors.npy and queries.npy; `exact` adds exact.npy, `build` a folder of the searcher,
 `hnsw` hnsw.faiss.
@@ -29,6 +29,7 @@ K = 5
 BATCH = 64
 BLOCK = 50_000
 HNSW_LINKS, HNSW_EFFORT = 32, 80  # M, efConstruction
+EFFORTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
 RECALL = 0.95
 Search = Callable[[np.ndarray, int], np.ndarray]  # (queries, k) -> rows
 
@@ -92,16 +93,24 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
     return {"seconds": seconds, "disk": disk, "parameters": settings, **memory()}
 
 
-def ours(folder: Path, precision: str) -> tuple[Search, dict[str, Any]]:
+def ours(
+    folder: Path, precision: str, leaves_to_search: int | None = None
+) -> tuple[Search, dict[str, Any]]:
+    """With as many leaves as it was built for, or others."""
     from r1s_jax.retrieval.ann import AnnParameters, load_searcher
 
     vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
     saved = folder / f"scann_{precision}"
-    parameters = AnnParameters(**json.loads(saved.with_suffix(".json").read_text()))
-    begin = time.perf_counter()
-    searcher = load_searcher(saved, vectors_ND, parameters)
-    seconds = time.perf_counter() - begin
-    return lambda queries, k: searcher.search(queries, k)[0], {"seconds": seconds}
+    settings = json.loads(saved.with_suffix(".json").read_text())
+    if leaves_to_search is not None:
+        settings["leaves_to_search"] = leaves_to_search
+    searcher = load_searcher(saved, vectors_ND, AnnParameters(**settings))
+    return lambda queries, k: searcher.search(queries, k)[0], {"parameters": settings}
+
+
+def lean(folder: Path, precision: str) -> tuple[Search, dict[str, Any]]:
+    """Ours with just as many leaves as the recall takes."""
+    return _enough(folder, lambda effort: ours(folder, precision, effort))
 
 
 def flat(folder: Path) -> tuple[Search, dict[str, Any]]:
@@ -131,17 +140,31 @@ def build_hnsw(folder: Path) -> dict[str, Any]:
 
 
 def hnsw(folder: Path) -> tuple[Search, dict[str, Any]]:
-    """Its `efSearch` is raised until the recall is met on queries that are not measured."""
+    """With just as large an `efSearch` as the recall takes."""
+    index = _faiss().read_index(str(folder / "hnsw.faiss"))
+    settings = {"M": HNSW_LINKS, "efConstruction": index.hnsw.efConstruction}
+
+    def with_effort(effort: int) -> tuple[Search, dict[str, Any]]:
+        index.hnsw.efSearch = effort
+        search: Search = lambda queries, k: index.search(queries, k)[1]  # noqa: E731
+        return search, {"parameters": settings | {"efSearch": effort}}
+
+    return _enough(folder, with_effort)
+
+
+def _enough(
+    folder: Path, make: Callable[[int], tuple[Search, dict[str, Any]]]
+) -> tuple[Search, dict[str, Any]]:
+    """The search of the least effort that meets the recall on queries that are not measured."""
     _, queries_QD = _read(folder)
     wanted = np.load(folder / "exact.npy")
-    index = _faiss().read_index(str(folder / "hnsw.faiss"))
     half = len(queries_QD) // 2
-    for effort in (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024):
-        index.hnsw.efSearch = effort
-        if recall(index.search(queries_QD[half:], K)[1], wanted[half:]) >= RECALL:
+    made = make(EFFORTS[0])
+    for effort in EFFORTS[1:]:
+        if recall(made[0](queries_QD[half:], K), wanted[half:]) >= RECALL:
             break
-    settings = {"M": HNSW_LINKS, "efConstruction": index.hnsw.efConstruction, "efSearch": effort}
-    return lambda queries, k: index.search(queries, k)[1], {"parameters": settings}
+        made = make(effort)
+    return made
 
 
 def recall(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -158,7 +181,7 @@ def memory() -> dict[str, float]:
 
 
 def commands(search: Search, folder: Path) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Measured on the first half of the queries; HNSW was tuned on the other one."""
+    """Measured on the first half of the queries; `_enough` has seen the other one."""
     _, queries_QD = _read(folder)
     wanted = np.load(folder / "exact.npy")
     half = len(queries_QD) // 2
@@ -209,7 +232,9 @@ def main() -> int:
     name, *arguments = sys.argv[1:]
     if name == "serve":
         kind, folder, *rest = arguments
-        search, ready = {"ours": ours, "flat": flat, "hnsw": hnsw}[kind](Path(folder), *rest)
+        search, ready = {"ours": ours, "lean": lean, "flat": flat, "hnsw": hnsw}[kind](
+            Path(folder), *rest
+        )
         serve({**ready, **memory()}, commands(search, Path(folder)))
         return 0
     folder, *rest = arguments

@@ -3,7 +3,7 @@
     python tpu_scripts/evaluate.py --run_dir RUN                       a run's export
     python tpu_scripts/evaluate.py --config NAME --checkpoint MODEL    any checkpoint, or hub id
     python tpu_scripts/evaluate.py --config NAME --endpoint URL --model MODEL    OpenAI-compatible
-    python tpu_scripts/evaluate.py --score FILE                        answers, without a model
+    python tpu_scripts/evaluate.py --score FILE [--against FILE]       answers, without a model
 
 Prints tables and writes eval_MODE.jsonl (every answer), eval_MODE.json (figures) and eval.md (a
 table beside the published one) into RUN, or into --out. Modes: search; the baselines closed_book
@@ -23,7 +23,9 @@ MODES = (*OPEN, "forced", "banned", "wrong_passages", "first_only")
 ALONE = {  # what would have no effect beside it
     "score": ("config", "run_dir", "checkpoint", "endpoint", "model", "api", "mode"),
     "endpoint": ("run_dir", "checkpoint"),
+    "against": ("out", "judge"),  # each file is judged by itself
 }
+NEEDS = {"against": "score", "model": "endpoint", "api": "endpoint"}
 
 
 def main() -> None:
@@ -32,14 +34,15 @@ def main() -> None:
         for other in others:
             if getattr(args, option) and getattr(args, other):
                 raise launch.UserError(f"--{option} goes without --{other}")
-    if (args.model or args.api) and not args.endpoint:
-        raise launch.UserError("--model and --api are of an endpoint: --endpoint is missing")
+    for option, other in NEEDS.items():
+        if getattr(args, option) and not getattr(args, other):
+            raise launch.UserError(f"--{option}: --{other} is missing")
     from r1s_jax.run import score
 
     judge = score.judge(args.judge, args.judge_model, args.judge_price, args.judge_tokens)
     if args.score:
-        skip_bad = launch.SKIP_BAD in args.gin
-        score.score_answers(args.score, out=args.out, judge=judge, skip_bad=skip_bad)
+        how = {"against": args.against, "out": args.out, "skip_bad": launch.SKIP_BAD in args.gin}
+        score.score_answers(args.score, judge=judge, **how)
         return
     modes = tuple(dict.fromkeys(args.mode or ["search"]))
     if "all" in modes:
@@ -62,6 +65,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=(*MODES, "all"), nargs="+", help="one or more; search")
     parser.add_argument("--out", metavar="DIR", help="where to write; RUN if not given")
     parser.add_argument("--score", metavar="FILE", help="answers in R1-Searcher's released form")
+    parser.add_argument("--against", metavar="FILE", help="other answers to the same questions")
     parser.add_argument("--endpoint", metavar="URL", help="ends before /chat/completions")
     parser.add_argument("--model", help="the endpoint's name of the model")
     parser.add_argument("--api", choices=("chat", "completions"), help="chat if not given")

@@ -9,7 +9,13 @@ from typing import Any
 
 from r1s_jax.evaluation.published import published_conditions, published_results
 from r1s_jax.evaluation.records import read_records
-from r1s_jax.evaluation.scores import RESAMPLES, Figure, Report, score_records
+from r1s_jax.evaluation.scores import (
+    RESAMPLES,
+    Figure,
+    Report,
+    compare_records,
+    score_records,
+)
 
 _HEADS = {
     "em": "EM",
@@ -28,6 +34,7 @@ def score_file(
     path: str | os.PathLike[str],
     *,
     dataset: str = "",
+    against: str | os.PathLike[str] | None = None,
     facts: Mapping[str, Any] | None = None,
     skipped: list[str] | None = None,
     resamples: int = RESAMPLES,
@@ -38,6 +45,7 @@ def score_file(
     Args:
         path: our output, or a released file (`records.read_records`).
         dataset: whose published rows stand beside it ("hotpotqa", ...), "" for none.
+        against: another one, whose scores and differences are shown too.
         facts: what else is known of the results.
         skipped: as `read_records`.
         resamples, seed: of the intervals.
@@ -46,24 +54,37 @@ def score_file(
         (report, Markdown).
 
     Raises:
-        UserError: as `read_records`.
+        UserError: as `read_records` and, with another file, `compare_records`.
     """
     before = len(skipped or ())
     records = read_records(path, skipped=skipped)
     report = score_records(records, resamples=resamples, seed=seed)
     known: dict[str, Any] = {"file": os.fspath(path), **(facts or {})}
+    name = os.path.basename(path)
+    reports, differences = {name: report}, {}
+    if against is not None:
+        others = read_records(against, skipped=skipped)
+        other = os.path.basename(against)
+        other = other if other != name else os.fspath(against)
+        reports[other] = score_records(others, resamples=resamples, seed=seed)
+        differences = compare_records(records, others, resamples=resamples, seed=seed)
     if skipped is not None and len(skipped) > before:
         known["bad lines left out"] = len(skipped) - before
-    name = os.path.basename(os.fspath(path))
-    return report, results_markdown({name: report}, dataset=dataset, facts=known)
+    text = results_markdown(reports, dataset=dataset, differences=differences, facts=known)
+    return report, text
 
 
 def results_markdown(
-    reports: Mapping[str, Report], *, dataset: str = "", facts: Mapping[str, Any] | None = None
+    reports: Mapping[str, Report],
+    *,
+    dataset: str = "",
+    differences: Mapping[str, Figure] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> str:
     """Reports by name (of the policy or mode) as tables, and the facts below them.
 
-    Shares are in percent with their 95 % interval; published ones have no interval.
+    Shares are in percent with their 95 % interval; published ones have no interval. `differences`
+    are those of the first two reports (`scores.compare_records`).
     """
     heads = ["", "questions", *_HEADS.values()]
     rows = [
@@ -75,6 +96,11 @@ def results_markdown(
         known = {"acc_r": f"{row.acc_r:.1%}"[:-1], "acc_l": f"{row.acc_l:.1%}"[:-1]}
         cells = [known.get(score, _NOTHING) for score in _HEADS]
         rows.append([f"published: {row.method}", _NOTHING, *cells])
+    if differences:
+        first, second = list(reports)[:2]
+        both = max(figure.count for figure in differences.values())
+        cells = [_cell(score, differences) for score in _HEADS]
+        rows.insert(2, [f"{first} less {second}", str(both), *cells])
     parts = [f"### {dataset or 'Results'}", _markdown_table(heads, rows)]
     for name, report in reports.items():
         if report.kinds:
@@ -132,7 +158,7 @@ def _cell(score: str, figures: Mapping[str, Figure]) -> str:
     figure = figures[score]
     scale, digits = (1, 2) if score == "searches" else (100, 1)
     mean, low, high = (f"{scale * x:.{digits}f}" for x in (figure.mean, figure.low, figure.high))
-    return f"{mean} ({low}–{high})"
+    return f"{mean} ({low} to {high})"
 
 
 def _value(value: Any) -> str:

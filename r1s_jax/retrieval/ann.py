@@ -193,7 +193,7 @@ class Searcher:
         p = self.parameters
         by_codes = max(p.reorder, k)
         wanted = by_codes if p.precision == "float32" else min(by_codes, 4 * k)
-        rows, _ = self._tree.search(query_D, wanted, by_codes)
+        rows, _ = self._tree.search(query_D, wanted, by_codes, p.leaves_to_search)
         if len(rows) < k:  # the leaves hold too few: k is large, or the leaves are uneven
             rows, _ = self._tree.search(query_D, wanted, by_codes, p.leaves)
         return rows

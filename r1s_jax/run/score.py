@@ -47,12 +47,23 @@ def endpoint(url: str, model: str | None, api: str) -> ChatConfig:
     return ChatConfig(base_url=url, model=model, api=api)
 
 
-def score_answers(path: str, *, out: str | None, judge: Judge | None, skip_bad: bool) -> None:
-    """Scores a file of answers and prints the table; writes only with `out` or a judge."""
+def score_answers(
+    path: str,
+    *,
+    against: str | None = None,
+    out: str | None,
+    judge: Judge | None,
+    skip_bad: bool,
+) -> None:
+    """Scores a file of answers and prints the table; writes only with `out` or a judge.
+
+    `against` is another file of answers to the same questions, compared question by question;
+    then nothing is written.
+    """
     skipped: list[str] | None = [] if skip_bad else None
     dataset = dataset_in(Path(path).name)
-    if out is None and judge is None:
-        print(score_file(path, dataset=dataset, skipped=skipped)[1])
+    if against is not None or (out is None and judge is None):
+        print(score_file(path, dataset=dataset, against=against, skipped=skipped)[1])
         return
     source = epath.Path(path).resolve()
     mode = source.stem.removeprefix("eval_")

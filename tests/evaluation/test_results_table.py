@@ -33,7 +33,7 @@ def test_markdown():
     assert lines[0] == "### hotpotqa:validation"
     assert lines[2].startswith("|  | questions | EM | ACC_R | F1 | ACC_L | searches | answer shown")
     assert lines[4] == (
-        "| search | 40 | 50.0 (25.0–75.0) | – | – | 12.3 (10.0–20.0) | 2.11 (2.00–2.20) "
+        "| search | 40 | 50.0 (25.0 to 75.0) | – | – | 12.3 (10.0 to 20.0) | 2.11 (2.00 to 2.20) "
         f"| {empty} |"
     )
     assert lines[5] == f"| published: GPT-4o-mini, naive | – | – | 32.4 | – | 40.4 | {empty} | – |"
@@ -41,7 +41,7 @@ def test_markdown():
         f"| published: R1-Searcher, Qwen2.5-7B | – | – | 65.4 | – | 75.0 | {empty} | – |" in lines
     )
     assert "#### search, by kind of question" in lines
-    assert f"| a\\|b | 7 | 100.0 (100.0–100.0) | – | – | – | {empty} | – |" in lines
+    assert f"| a\\|b | 7 | 100.0 (100.0 to 100.0) | – | – | – | {empty} | – |" in lines
     for note in (
         "- search: episodes ended: finished 39, eos 1",
         "- search: known of some of 40 questions: ACC_L of 30",
@@ -106,6 +106,21 @@ def test_a_file_with_a_bad_line(tmp_path):
     assert report.count == 1 and len(skipped) == 1
     assert "- bad lines left out: 1\n" in markdown and "- top-k: 5\n" in markdown
     json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_two_released_files_question_by_question():
+    text = score_file(released("qwen"), against=released("llama"))[1]
+    lines = text.splitlines()
+    assert [line.split(" |")[0] for line in lines[4:7]] == [
+        "| released_hotpotqa_qwen.jsonl",
+        "| released_hotpotqa_llama.jsonl",
+        "| released_hotpotqa_qwen.jsonl less released_hotpotqa_llama.jsonl",
+    ]
+    em, _, _, judged, searches = lines[6].split(" | ")[2:7]
+    assert [cell.split(" (")[0] for cell in (em, judged, searches)] == ["-0.4", "0.4", "-0.69"]
+    # Paired: 0.4 points apart, and surer of it than of either mean (8.6 points wide).
+    low, high = (float(end) for end in em.split("(")[1].rstrip(")").split(" to "))
+    assert low < -0.4 < high and 6 < high - low < 8
 
 
 @pytest.mark.parametrize(
