@@ -83,6 +83,19 @@ def learner(params, mesh=None, **changes) -> Learner:
     )
 
 
+def watch(one: Learner, read) -> list:
+    """What `read` makes of the state, now and (once they come) after each optimizer update."""
+    states, apply = [read(one.state)], one._programs.apply
+
+    def watched(state, grads):
+        state, step = apply(state, grads)
+        states.append(read(state))
+        return state, step
+
+    one._programs.apply = watched
+    return states
+
+
 @jax.jit
 def plain_logprobs(params, ids):
     """Log-softmax of full logits of one unpadded row."""

@@ -21,7 +21,7 @@ from r1s_jax.types import Segment, TokenSource, Trajectory
 from tests import tiny
 from tests.rl import reference
 from tests.rl.reference import Episode
-from tests.rl.test_learner import CONFIG, GROUPS, MODEL, REWARDS, episodes, learner
+from tests.rl.test_learner import CONFIG, GROUPS, MODEL, REWARDS, episodes, learner, watch
 
 VOID = 4  # the episode with a turn that neither asks nor answers
 CONFIGS = {
@@ -104,20 +104,26 @@ def as_reference(trajectories, old, new, entropy, ref) -> list[Episode]:
     return made
 
 
-def adam(before, after, grads, count):
-    """(norm, moments by formula, parameters by formula from the moments that were found)."""
+def moments(before, grads):
+    """(norm, both moments) by formula."""
     grads = [np.float64(g) for g in jax.tree.leaves(grads)]
     norm = math.sqrt(sum((g**2).sum() for g in grads))
     grads = [g * min(1.0, CONFIG.clip_norm / norm) for g in grads]
     b1, b2 = CONFIG.adam_b1, CONFIG.adam_b2
-    old, new = (jax.tree.map(np.float64, s.opt_state[1][0]) for s in (before, after))
+    old = jax.tree.map(np.float64, before.opt_state[1][0])
     mu = [b1 * m + (1 - b1) * g for m, g in zip(jax.tree.leaves(old.mu), grads, strict=True)]
     nu = [b2 * n + (1 - b2) * g**2 for n, g in zip(jax.tree.leaves(old.nu), grads, strict=True)]
-    params = [
+    return norm, mu, nu
+
+
+def stepped(before, after, count):
+    """The parameters that AdamW makes of the moments that were found."""
+    b1, b2 = CONFIG.adam_b1, CONFIG.adam_b2
+    found = before.params, after.opt_state[1][0].mu, after.opt_state[1][0].nu
+    return [
         p - CONFIG.learning_rate * (m / (1 - b1**count)) / (np.sqrt(n / (1 - b2**count)) + 1e-8)
-        for p, m, n in zip(*map(jax.tree.leaves, (before.params, new.mu, new.nu)), strict=True)
+        for p, m, n in zip(*(map(np.float64, jax.tree.leaves(x)) for x in found), strict=True)
     ]
-    return norm, mu, nu, params
 
 
 def assert_near(got, expected, share):
@@ -127,19 +133,12 @@ def assert_near(got, expected, share):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_both_updates(name, monkeypatch):
+def test_both_updates(name):
     config, params, other = CONFIGS[name], init_params(MODEL, 0), init_params(MODEL, 1)
     trajectories = played(params)
     one = learner(params, algorithm=config, rows=2)  # two or three micro-batches an update
     one.restore({**one.checkpoint(), "reference": other})
-    states, apply = [jax.tree.map(np.array, one.state)], one._programs.apply
-
-    def watched(state, grads):
-        state, step = apply(state, grads)
-        states.append(jax.tree.map(np.array, state))
-        return state, step
-
-    monkeypatch.setattr(one._programs, "apply", watched)
+    states = watch(one, lambda state: jax.tree.map(np.array, state))
     metrics = one.update(trajectories, REWARDS, GROUPS)
 
     ids_NT = padded([t.token_ids_T for t in trajectories])
@@ -164,10 +163,10 @@ def test_both_updates(name, monkeypatch):
         for i, *each in zip(numbers, expected.by_logprob, expected.by_entropy, strict=True):
             by_logprob[i, : len(each[0])], by_entropy[i, : len(each[1])] = each
         grads = carried_back(before.params, ids_NT, by_logprob, by_entropy)
-        norm, mu, nu, stepped = adam(before, after, grads, count=len(losses) + 1)
+        norm, mu, nu = moments(before, grads)
         assert_near(after.opt_state[1][0].mu, mu, 2e-5)
         assert_near(after.opt_state[1][0].nu, nu, 4e-5)
-        assert_near(after.params, stepped, 1e-5)
+        assert_near(after.params, stepped(before, after, count=len(losses) + 1), 1e-5)
         losses.append(expected.value)
         norms.append(norm)
         totals = {k: totals.get(k, 0.0) + v for k, v in expected.sums.items()}

@@ -1,4 +1,4 @@
-"""One update of the learner on any mesh; as a program, on one host of two."""
+"""The updates of one rollout on any mesh; as a program, on one host of two."""
 
 import pathlib
 import pickle
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from r1s_jax.models.decoder import abstract_params, init_params
 from r1s_jax.sharding import MeshConfig, make_mesh, named_sharding
-from tests.rl.test_learner import GROUPS, MODEL, REWARDS, episodes, learner
+from tests.rl.test_learner import GROUPS, MODEL, REWARDS, episodes, learner, watch
 from tests.two_hosts import be_a_host
 
 ROWS = 8  # of a micro-batch: divides over every mesh here
@@ -40,12 +40,12 @@ def whole(array):
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def update(mesh, **changes):
-    """(parameters, metrics) after the updates of one rollout; `changes` to LearnerConfig."""
+def update(mesh):
+    """(the state at the start and after each optimizer update, metrics) of one rollout."""
     params = placed(init_params(MODEL, 0), make_mesh(mesh))
-    new = learner(params, mesh, rows=ROWS, **changes)
-    metrics = new.update(episodes(), REWARDS, GROUPS)
-    return jax.tree.map(whole, new.state.params), metrics
+    new = learner(params, mesh, rows=ROWS)
+    states = watch(new, lambda state: jax.tree.map(whole, state))
+    return states, new.update(episodes(), REWARDS, GROUPS)
 
 
 def main(index, folder):
