@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -35,7 +36,8 @@ class Dispatcher:
     """Takes queries from any thread and searches for them in batches.
 
     Its own thread is the one that embeds, where the retriever does so on a device (see
-    `SearchPool`); what a retriever does wrong is a `RetrievalFailure` of that query.
+    `SearchPool`); what a retriever does wrong is a `RetrievalFailure` of that query. Of a request
+    whose future was cancelled, the queries that have not been handed to the pool never are.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Dispatcher:
             observe: is told the size of every batch.
         """
         self._limit = waiting
+        self._ahead = 2 * workers * batch  # in the pool: enough that no worker runs dry
         self._pool = SearchPool(
             _Observed(retriever, observe),
             workers=workers,
@@ -102,13 +105,18 @@ class Dispatcher:
     def _run(self) -> None:
         numbers = itertools.count()
         tickets: dict[int, tuple[_Job, int]] = {}
+        backlog: collections.deque[tuple[_Job, int]] = collections.deque()
         try:
-            while (jobs := self._take(block=not tickets)) is not None:
-                for job in jobs:
-                    for i, query in enumerate(job.queries):
-                        ticket = next(numbers)
-                        tickets[ticket] = (job, i)
-                        self._pool.submit(ticket, query, job.k)
+            while (jobs := self._take(block=not (tickets or backlog))) is not None:
+                backlog.extend((job, i) for job in jobs for i in range(len(job.queries)))
+                while backlog and len(tickets) < self._ahead:
+                    job, i = backlog.popleft()
+                    if job.future.cancelled():
+                        self._settle(job, i, ())
+                        continue
+                    ticket = next(numbers)
+                    tickets[ticket] = (job, i)
+                    self._pool.submit(ticket, job.queries[i], job.k)
                 self._pool.step()
                 for ticket, outcome in self._pool.finished():
                     self._settle(*tickets.pop(ticket), outcome)
@@ -117,7 +125,7 @@ class Dispatcher:
             self._pool.close()
             with self._lock:
                 self._closed = True
-            unfinished = {id(job): job for job, _ in tickets.values()}
+            unfinished = {id(job): job for job, _ in (*tickets.values(), *backlog)}
             while not self._jobs.empty():
                 if job := self._jobs.get():
                     unfinished[id(job)] = job

@@ -209,7 +209,7 @@ async def _answer(
     asked = wire.read_request(await _body(request, config), config.limits)
     if not asked.queries:
         return wire.answer(asked, [])
-    outcomes = await _outcomes(dispatcher, asked.queries, asked.k)
+    outcomes = await _outcomes(request, dispatcher, asked.queries, asked.k)
     failures = [i for i, o in enumerate(outcomes) if isinstance(o, RetrievalFailure)]
     metrics.queries.inc(len(outcomes))
     metrics.failed.inc(len(failures))
@@ -222,14 +222,28 @@ async def _answer(
     return wire.answer(asked, found)
 
 
-async def _outcomes(dispatcher: Dispatcher, queries: tuple[str, ...], k: int) -> list[Outcome]:
+async def _outcomes(
+    request: starlette.requests.Request, dispatcher: Dispatcher, queries: tuple[str, ...], k: int
+) -> list[Outcome]:
+    """Of a client that leaves meanwhile, what is still to be searched for is dropped."""
+    found = asyncio.wrap_future(dispatcher.search(queries, k))
+    left = asyncio.ensure_future(_left(request))
     try:
-        return await asyncio.wrap_future(dispatcher.search(queries, k))
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Overloaded("the server is going down") from None
+        await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
+        if found.cancelled():
+            raise Overloaded("the server is going down")
+        if not found.done():
+            raise BadRequest(400, "the client left")
+        return found.result()
+    finally:
+        found.cancel()
+        left.cancel()
+
+
+async def _left(request: starlette.requests.Request) -> None:
+    """Until the client leaves; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _body(request: starlette.requests.Request, config: ServerConfig) -> bytes:

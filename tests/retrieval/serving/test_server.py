@@ -242,6 +242,29 @@ def test_too_much_is_told_to_come_later():
         assert HTTP.post(f"{url}/retrieve", json=many).status_code == 200
 
 
+def test_what_a_client_that_left_asked_for_is_dropped():
+    """Else clients that give up and ask again would keep a server busy with nobody's queries."""
+    release = threading.Event()
+    retriever = Recording(lambda queries, k: release.wait(20) and [(OSLO,)] * len(queries))
+    with served(retriever, workers=1, batch=1, window=0.0) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            body = {"queries": [f"nobody's {i}" for i in range(500)]}
+            httpx.post(f"{url}/retrieve", json=body, timeout=0.3)
+        while not sample(url, "r1s_requests_total", path="/retrieve", status=400):
+            time.sleep(0.01)
+        assert sample(url, "r1s_waiting_queries") == 500
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(HTTP.post, f"{url}/retrieve", json={"queries": ["a"]})
+            while sample(url, "r1s_waiting_queries") < 501:
+                time.sleep(0.01)
+            release.set()
+            assert waiting.result().status_code == 200
+        while sample(url, "r1s_waiting_queries"):
+            time.sleep(0.01)
+    searched = [query for queries, _ in retriever.calls for query in queries]
+    assert searched == ["nobody's 0", "nobody's 1", "a"]
+
+
 def test_requests_that_are_in_are_answered_at_the_end():
     started, release = threading.Event(), threading.Event()
 
