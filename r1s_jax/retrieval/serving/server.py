@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _GRACE = 10  # seconds that requests have to end after SIGTERM
+_LOOK = 0.25  # seconds between two looks whether the client is still there
 _KEEP_ALIVE = 30  # seconds; longer than clients keep an idle connection, which is theirs to close
 
 
@@ -227,23 +228,15 @@ async def _outcomes(
 ) -> list[Outcome]:
     """Of a client that leaves meanwhile, what is still to be searched for is dropped."""
     found = asyncio.wrap_future(dispatcher.search(queries, k))
-    left = asyncio.ensure_future(_left(request))
     try:
-        await asyncio.wait((found, left), return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait((found,), timeout=_LOOK))[0]:
+            if await request.is_disconnected():
+                raise BadRequest(400, "the client left")
         if found.cancelled():
             raise Overloaded("the server is going down")
-        if not found.done():
-            raise BadRequest(400, "the client left")
         return found.result()
     finally:
         found.cancel()
-        left.cancel()
-
-
-async def _left(request: starlette.requests.Request) -> None:
-    """Until the client leaves; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _body(request: starlette.requests.Request, config: ServerConfig) -> bytes:
