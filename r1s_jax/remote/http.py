@@ -218,6 +218,7 @@ class _Breaker:
     def __init__(self, config: HttpConfig) -> None:
         self._config = config
         self._failures = 0
+        self._last = ""  # of them
         self._until = 0.0  # while there are too many failures
 
     def refusal(self, now: float) -> str:
@@ -226,13 +227,15 @@ class _Breaker:
             return ""
         if now < self._until:
             left = self._until - now
-            return f"not asked for {left:.1f} s more, after {self._failures} failures in a row"
+            failures = f"{self._failures} failures in a row ({self._last})"
+            return f"not asked for {left:.1f} s more, after {failures}"
         self._until = now + self._config.breaker_seconds  # this caller tries, the others wait
         return ""
 
     def note(self, outcome: bytes | _Fault, now: float) -> None:
         if isinstance(outcome, _Fault) and outcome.dead:
             self._failures += 1
+            self._last = outcome.reason
             self._until = now + self._config.breaker_seconds
         else:
             self._failures = 0
