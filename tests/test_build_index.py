@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 import sys
 
 import pytest
@@ -38,7 +39,9 @@ def test_it_builds_what_open_corpus_opens(call, capsys):
         (found,) = open_corpus("corpus", backend).search(["Town 7"], 1)
         assert found[0].id == "7"
     assert call(*options) is None
-    assert capsys.readouterr().out == "corpus: is finished, and left alone\n"
+    made_of = f"passages.jsonl of {pathlib.Path('passages.jsonl').stat().st_size:,} bytes"
+    told = f"corpus: is finished, made from {made_of}, and left alone\n"
+    assert capsys.readouterr().out == told
 
 
 def test_an_unknown_model_is_told_before_the_passages_are_read(call, tmp_path):

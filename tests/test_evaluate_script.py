@@ -62,6 +62,7 @@ def test_modes_are_those_of_the_library():
         ("--config tiny --judge_tokens many", "--judge_tokens: invalid int value: 'many'"),
         ("--config tiny --model m", "--model: --endpoint is missing"),
         ("--config tiny --against b.jsonl", "--against: --score is missing"),
+        ("--score a.jsonl --preset meshes/one", "--score goes without --gin and --preset"),
         ("--score a.jsonl --against b.jsonl --out o", "--against goes without --out"),
         ("--config tiny --endpoint http://x", "--endpoint http://x: --model is missing"),
         ("--config tiny --endpoint x --model m", "'x', must begin with http"),

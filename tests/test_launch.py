@@ -139,6 +139,7 @@ def test_missing_value_and_refused_value_name_class_and_file(load):
         ("c.Run.seed 1", ["--gin"]),
         ("c.Run.seed = 1.5", ["int", "1.5", "float"]),
         ("nothing.learning_rate = 1", ["nothing"]),
+        ("c.Data.path = data/mine", ["data is no value; texts need quotes"]),
     ],
 )
 def test_mistake_on_the_command_line_quotes_the_binding(load, binding, words):

@@ -299,6 +299,7 @@ def test_export_evaluate_and_ask(world, monkeypatch, tmp_path, capsys):
     assert said.count("\ndocuments ") == len(row["searches"])
 
 
+@pytest.mark.slow
 def test_export_and_push(world, tmp_path):
     """The start of the run comes from the hub, its export goes there."""
     hub_id = 'run.PolicyConfig.checkpoint = "lab/policy"'

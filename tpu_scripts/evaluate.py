@@ -7,11 +7,10 @@
 
 Prints tables and writes eval_MODE.jsonl (every answer), eval_MODE.json (figures) and eval.md (a
 table beside the published one) into RUN, or into --out. Modes: search; the baselines closed_book
-and standard_rag (one retrieval with the question); and controls of a policy: forced (every response
-begins with a query), banned (the query tag cannot be written; its one turn has the tokens of all),
-wrong_passages (searches bring passages about something else), first_only (only the first search is
-answered). With --judge and --judge_model a model gives the verdicts of ACC_L; what it will cost is
-said first. Keys of both endpoints: OPENAI_API_KEY.
+and standard_rag (one retrieval with the question); and controls of a policy: forced (a query comes
+first), banned (no query can be written; its one turn has the tokens of all), wrong_passages (about
+something else), first_only (further searches are not answered). With --judge and --judge_model a
+model gives the verdicts of ACC_L, beside --score into runs/score_FOLDER_FILE. Key: OPENAI_API_KEY.
 """
 
 import argparse
@@ -41,6 +40,8 @@ def main() -> None:
 
     judge = score.judge(args.judge, args.judge_model, args.judge_price, args.judge_tokens)
     if args.score:
+        if set(args.gin) - {launch.SKIP_BAD}:
+            raise launch.UserError("--score goes without --gin and --preset")
         how = {"against": args.against, "out": args.out, "skip_bad": launch.SKIP_BAD in args.gin}
         score.score_answers(args.score, judge=judge, **how)
         return

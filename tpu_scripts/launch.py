@@ -344,6 +344,8 @@ class _OneLineErrors:
             found = re.match(r'file "(.*)", line (\d+)\n(.*)', context[0])
             if found:
                 where, quoted = f"{shown(found[1])}:{found[2]}", found[3]
+        if text := re.search(r"malformed node.*Failed to parse token '(\w+)'", str(error), re.S):
+            message = f"{text[1]} is no value; texts need quotes"
         called = re.search(r"call to configurable '(\w+)'.*?(?: in scope '(.*)')?$", str(error))
         missing = re.search(r"(\w+)\.__init__\(\) missing .*?: (.*)", message)
         if missing:

@@ -24,6 +24,8 @@ def main() -> None:
     from r1s_jax.retrieval.serving.wire import Limits
 
     most = args.largest_k
+    if most < 1:
+        raise launch.UserError(f"--largest_k {most}: must be at least 1")
     if not 1 <= args.topk <= most:
         raise launch.UserError(f"--topk {args.topk}: must be from 1 to {most}, see --largest_k")
     limits = Limits(default_k=args.topk, largest_k=most, queries=args.queries)

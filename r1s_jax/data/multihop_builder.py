@@ -82,7 +82,8 @@ def load_questions(name: str, *, skipped: list[str] | None = None) -> list[Quest
 
     What is cached goes by the content of the files in the manual folder, or by the address and
     checksum of the download, and by the code that reads them: nothing stale is read. Bad rows are
-    left out where `skipped` is given; it gets a text for each.
+    left out where `skipped` is given; it gets a text for each. A file in the manual folder may be a
+    part of the published one, or corrected; a line on the screen says so.
 
     Raises:
         UserError: the file is neither in the manual folder nor can it be fetched (the message
@@ -99,6 +100,10 @@ def load_questions(name: str, *, skipped: list[str] | None = None) -> list[Quest
         faults = builder.info.metadata["faults"]
     except Exception as error:  # whatever a cut-off file makes the readers raise
         raise UserError(f"{path}: cannot be read, remove it to make it anew: {error!r}") from error
+    if manual and (told := _not_published(source, manual, len(rows) + len(faults))):
+        print(
+            f"{name}: {_label(source, manual)} is not the published file: {told}", file=sys.stderr
+        )
     return questions.accept(_label(source, manual), rows, faults, skipped)
 
 
@@ -154,6 +159,16 @@ def _sha256(path: pathlib.Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _not_published(source: Source, manual: list[pathlib.Path], count: int) -> str:
+    """How the files differ from what was published, where that is known; else nothing."""
+    if count != source.rows:
+        return f"{count} rows, {source.rows} were published"
+    whole = not source.members or _is_archive(source, manual)
+    if whole and source.sha256 and (found := _sha256(manual[0])) != source.sha256:
+        return f"sha256 {found}, {source.sha256} is known"
+    return ""
 
 
 def _label(source: Source, manual: list[pathlib.Path]) -> str:

@@ -114,8 +114,8 @@ def judge_records(
         progress: called after each reply.
 
     Raises:
-        UserError: the estimate is above `config.token_limit`, or the endpoint refuses (a wrong key,
-            model or address).
+        UserError: the estimate is above `config.token_limit`, the endpoint refuses (a wrong key,
+            model or address), or every request fails and nothing is known from before.
     """
     config = config or JudgeConfig()
     keys = [_key(record) for record in records]
@@ -139,6 +139,9 @@ def judge_records(
         if progress is not None:
             progress(done, len(unknown))
 
+    faults = [reply.fault for reply in replies.values() if reply.fault is not None]
+    if faults and len(faults) == len(replies):
+        raise UserError(f"no answer from the judge: {faults[0]}")
     none = _Reply(verdict=False)
     verdicts = [none if key is None else replies[key] for key in keys]
     judged = tuple(

@@ -28,6 +28,7 @@ from r1s_jax.types import UserError, require_least
 
 EXACT_NUMBERS = 20_000_000  # count x width up to which a scan of all takes some milliseconds
 _SEARCHED = 128  # leaves
+_OF_TREES = ("leaves", "leaves_to_search", "block", "threshold", "training_sample", "reorder")
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -95,11 +96,17 @@ def resolve(config: AnnConfig, count: int, dim: int) -> AnnParameters:
     speed: benchmarks/retrieval.md.
 
     Raises:
-        UserError: a setting that this corpus is too small for.
+        UserError: a setting that this corpus is too small for, or that nothing would use.
     """
     exact = config.exact
     if exact is None:
         exact = count * dim <= EXACT_NUMBERS
+        unused = [name for name in _OF_TREES if getattr(config, name) is not None]
+        if exact and unused:
+            raise UserError(
+                f"AnnConfig.{unused[0]} = {getattr(config, unused[0])}, but {count} vectors of "
+                f"{dim} numbers are scanned exactly; exact = False builds a tree"
+            )
     if exact or count < 2:
         return AnnParameters(exact=True)
     leaves = _given(config.leaves, max(2, round(2 * count**0.5)))

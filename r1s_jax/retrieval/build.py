@@ -135,7 +135,8 @@ class _Build:
         embeds = embeds and not (finished and finished["embedder"])
         bm25 = self.config.bm25 and not (finished and "bm25" in finished["backends"])
         if finished and not embeds and not bm25:
-            self.say(f"{self.folder}: is finished, and left alone")
+            made_of = "{name} of {bytes:,} bytes".format_map(finished["source"])
+            self.say(f"{self.folder}: is finished, made from {made_of}, and left alone")
             return True
         if embeds and self.config.embedder != TFIDF:
             _ = self._model  # what is wrong with it is told before anything slow

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import http.server
 import json
 import pathlib
@@ -105,6 +106,21 @@ def test_an_archive_or_what_was_in_it(packed, manual):
     questions = load_questions("2wikimultihopqa:validation")
     assert [q.answers for q in questions] == published.TWOWIKI_ANSWERS
     assert len(load_questions("2wikimultihopqa:train")) == 1
+
+
+def test_a_file_that_is_not_the_published_one_is_told(manual, monkeypatch, capsys):
+    data = published.json_lines(published.R1_SEARCHER)
+    folder = manual("r1_searcher", {"stage_1.jsonl": data})
+    told = f"r1_searcher:stage1: {folder / 'stage_1.jsonl'} is not the published file: "
+    for _ in range(2):  # also when it is read from the cache
+        load_questions("r1_searcher:stage1")
+        assert f"{told}2 rows, 350 were published\n" in capsys.readouterr().err
+    source = SOURCES["r1_searcher:stage1"]
+    for sha256, strange in (("0" * 64, True), (hashlib.sha256(data).hexdigest(), False)):
+        changed = dataclasses.replace(source, rows=2, sha256=sha256)
+        monkeypatch.setitem(SOURCES, "r1_searcher:stage1", changed)
+        load_questions("r1_searcher:stage1")
+        assert (f"{told}sha256 " in capsys.readouterr().err) == strange
 
 
 def test_nothing_stale_is_read(cache, manual):

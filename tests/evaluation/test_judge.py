@@ -154,6 +154,12 @@ def test_requests_that_fail_are_counted_and_asked_again(tmp_path):
         assert len(server.requests) == 7 and not judgement.failures
 
 
+def test_a_judge_who_never_answers_is_an_error():
+    told = pytest.raises(UserError, match=r"^no answer from the judge: .*500.*down")
+    with serving((500, {"error": "down"})) as server, told:
+        judge_records([record("1"), record("2")], chat_with(server, attempts=1), **silent)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_all(status):
     with serving((status, {"error": {"message": "wrong key"}})) as server:

@@ -248,6 +248,7 @@ def test_a_dead_endpoint(fetched, tmp_path):
     assert calls(environment(home, gone.url), fetch("lab/model")) == [whole]  # cached
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(stub, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (line,) = lines(calls(environment(tmp_path / "file", stub.url), fetch("lab/model")))

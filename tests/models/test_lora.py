@@ -198,6 +198,7 @@ def test_the_start_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, kept, tiny.params())
 
 
+@pytest.mark.slow
 def test_the_compute_type_is_that_of_the_adapters_too():
     """Were they left in f32, hidden states of a bf16 learner would be too."""
     both = with_adapters(tiny.params(), random_adapters(tiny.MODEL), LORA)

@@ -233,3 +233,8 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_more_leaves_than_passages_are_refused():
     with pytest.raises(UserError, match="leaves = 50, the corpus has 40"):
         resolve(AnnConfig(exact=False, leaves=50), 40, 8)
+    told = (
+        "leaves = 5, but 40 vectors of 8 numbers are scanned exactly; exact = False builds a tree"
+    )
+    with pytest.raises(UserError, match=told):
+        resolve(AnnConfig(leaves=5), 40, 8)

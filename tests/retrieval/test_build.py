@@ -289,7 +289,7 @@ def test_hosts_share_the_work(config, tmp_path, monkeypatch, first):
     assert contents(tmp_path / "corpus") == contents(tmp_path / "whole")
     for host in range(3):
         run(host)
-        assert finished[host] and said[host][-1].endswith("is finished, and left alone")
+        assert finished[host] and said[host][-1].endswith(" bytes, and left alone")
 
 
 # ---------------------------------------------------------------- folders that hold something
@@ -301,7 +301,8 @@ def test_a_finished_folder_is_left_alone_or_gets_what_it_lacks(config, tmp_path,
     monkeypatch.setattr(build_module, "passage_vectors", lambda *_: pytest.fail("embedded again"))
     said = []
     assert build_corpus(config(), said.append) and contents(tmp_path / "corpus") == before
-    assert said == [f"{tmp_path / 'corpus'}: is finished, and left alone"]
+    made_of = f"passages.jsonl of {(tmp_path / 'passages.jsonl').stat().st_size:,} bytes"
+    assert said == [f"{tmp_path / 'corpus'}: is finished, made from {made_of}, and left alone"]
     with monkeypatch.context() as patch:  # killed when bm25/ is there, before the manifest is
         patch.setattr(build_module, "write_manifest", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -66,6 +66,7 @@ def test_the_layout_of_rows_changes_nothing_but_round_off(params, trajectories):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.slow
 def test_adapters_alone_train(params, trajectories):
     """The policy starts as the base; afterwards it is the base plus the adapters' products."""
     one = learner(params, lora=LORA)

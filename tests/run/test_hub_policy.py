@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import launch
 from r1s_jax.run.paths import REPOSITORY
 from tests.hub_stub import TOKEN, HubStub, environment
@@ -27,6 +29,7 @@ POLICY = 'run.PolicyConfig.checkpoint = "lab/policy"'
 WRONG = 'run.WorldConfig.eval_questions = "atlas:none"'
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_when_all_else_is_right_and_a_folder_wins(tmp_path):
     base = REPOSITORY / "configs" / "models" / "tiny_base"
     scripts = pathlib.Path(launch.__file__).parent

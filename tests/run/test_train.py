@@ -137,13 +137,13 @@ def test_sampler_and_learner_agree(whole):
     assert max(gaps) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "phase", "before"),
     [
-        pytest.param("crash", "train", 1, marks=pytest.mark.slow),
-        # The first control at the end, and the evaluation after stage 1.
-        pytest.param("crash", "eval", 4, marks=pytest.mark.slow),
-        pytest.param("SIGTERM", "eval", 2, marks=pytest.mark.slow),
+        ("crash", "train", 1),
+        ("crash", "eval", 4),  # the first control at the end
+        ("SIGTERM", "eval", 2),  # the evaluation after stage 1
         ("SIGTERM", "train", 3),
     ],
 )
